@@ -1,0 +1,93 @@
+"""The optimizer step, done right: fused, all-or-nothing, with state by name, on NumPy arrays and PyTorch tensors."""
+
+from gradstep.clip import clip_grad_norm
+from gradstep.errors import (
+    AliasedParametersError,
+    ArgumentTypeError,
+    ConfigurationError,
+    DeviceError,
+    DtypeError,
+    DuplicateNameError,
+    GradstepError,
+    NonFiniteGradientError,
+    NonFiniteScalarError,
+    OutOfRangeError,
+    ReadOnlyError,
+    RuleError,
+    ShapeError,
+    TracingError,
+    UnknownParameterError,
+)
+from gradstep.explain import explain
+from gradstep.learning_rate import LearningRate
+from gradstep.multi import MultiOptimizer
+from gradstep.ops import abs, exp, log, maximum, mean, minimum, norm, orthogonalize, rms, sign, sqrt, where
+from gradstep.optimizer import Optimizer
+from gradstep.program.threads import set_num_threads
+from gradstep.report import Report
+from gradstep.rules.adadelta import AdaDelta
+from gradstep.rules.adafactor import Adafactor
+from gradstep.rules.adagrad import Adagrad
+from gradstep.rules.adam import Adam, AdamW
+from gradstep.rules.adamax import Adamax
+from gradstep.rules.custom import rule
+from gradstep.rules.lion import Lion
+from gradstep.rules.muon import Muon
+from gradstep.rules.rmsprop import RMSprop
+from gradstep.rules.sgd import SGD
+from gradstep.schedules import cosine_decay, exponential_decay, join_schedules, linear_schedule, step_decay
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "AdaDelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "AliasedParametersError",
+    "ArgumentTypeError",
+    "ConfigurationError",
+    "DeviceError",
+    "DtypeError",
+    "DuplicateNameError",
+    "GradstepError",
+    "LearningRate",
+    "Lion",
+    "MultiOptimizer",
+    "Muon",
+    "NonFiniteGradientError",
+    "NonFiniteScalarError",
+    "Optimizer",
+    "OutOfRangeError",
+    "RMSprop",
+    "ReadOnlyError",
+    "Report",
+    "RuleError",
+    "ShapeError",
+    "TracingError",
+    "UnknownParameterError",
+    "abs",
+    "clip_grad_norm",
+    "cosine_decay",
+    "exp",
+    "explain",
+    "exponential_decay",
+    "join_schedules",
+    "linear_schedule",
+    "log",
+    "maximum",
+    "mean",
+    "minimum",
+    "norm",
+    "orthogonalize",
+    "rms",
+    "rule",
+    "set_num_threads",
+    "sign",
+    "sqrt",
+    "step_decay",
+    "where",
+]

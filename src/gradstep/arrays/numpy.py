@@ -1,0 +1,71 @@
+"""NumPy arrays."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gradstep.arrays.memory import ITEMSIZES, Memory
+from gradstep.errors import ArgumentTypeError, DtypeError
+
+Array = np.ndarray[Any, Any]
+
+_borrow = ctypes.c_char.from_buffer
+
+
+class NumPy:
+    """Arrays of NumPy, written where they lie."""
+
+    name = "NumPy"
+
+    def describe(self, array: Array, what: str) -> Memory:
+        """See `ArrayLibrary.describe`."""
+        if isinstance(array, np.ma.MaskedArray):
+            raise ArgumentTypeError(f"{what} is a masked array, whose mask a step would ignore; pass .data or .filled()")
+        if array.dtype.name not in ITEMSIZES or not array.dtype.isnative:
+            raise DtypeError(
+                f"{what} has dtype {array.dtype}; expected float32 or float64 in native byte order: "
+                "convert it with .astype(np.float32)"
+            )
+        return Memory(_address(array), array.shape, array.strides, array.dtype.name, array.flags.writeable)
+
+    def signature(self, arrays: list[Array]) -> tuple[object, ...]:
+        """See `ArrayLibrary.signature`."""
+        return (
+            [array.shape for array in arrays],
+            [array.strides for array in arrays],
+            [array.dtype for array in arrays],
+            [array.flags.writeable for array in arrays],
+        )
+
+    def addresses(self, arrays: list[Array]) -> list[int]:
+        """See `ArrayLibrary.addresses`."""
+        address_of = ctypes.addressof
+        try:
+            return [address_of(_borrow(array)) for array in arrays]
+        except (TypeError, ValueError, BufferError):  # one is read-only, empty or not in C order
+            return [_address(array) for array in arrays]
+
+    def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Array:
+        """See `ArrayLibrary.zeros`."""
+        array = np.zeros([shape[axis] for axis in order], dtype)
+        return array.transpose(np.argsort(order)) if len(order) else array
+
+    def as_numpy(self, array: Array) -> Array:
+        """See `ArrayLibrary.as_numpy`."""
+        return array.view(np.ndarray)
+
+    def from_numpy(self, array: Array) -> Array:
+        """See `ArrayLibrary.from_numpy`."""
+        return array
+
+    def wrote(self, arrays: list[Array]) -> None:
+        """NumPy keeps no record of writes."""
+
+
+def _address(array: Array) -> int:
+    return array.__array_interface__["data"][0]
+
+
+NUMPY = NumPy()

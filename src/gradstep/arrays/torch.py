@@ -1,0 +1,84 @@
+"""PyTorch tensors on the CPU. This module is imported only where the caller has imported torch."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from gradstep.arrays.memory import ITEMSIZES, Memory
+from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, TracingError
+
+torch: Any = sys.modules["torch"]
+
+_Tensor = torch.Tensor
+
+
+class Torch:
+    """Tensors of PyTorch, written where they lie, with their version counters advanced."""
+
+    name = "PyTorch"
+
+    def describe(self, array: Any, what: str) -> Memory:
+        """See `ArrayLibrary.describe`."""
+        if array.layout is not torch.strided:
+            raise ArgumentTypeError(f"{what} is a sparse tensor ({array.layout}); pass a dense one: .to_dense()")
+        if array.device.type != "cpu":
+            raise DeviceError(f"{what} is on {array.device}; gradstep steps on the CPU: move it with .cpu()")
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype not in ITEMSIZES:
+            raise DtypeError(f"{what} has dtype {array.dtype}; expected float32 or float64: convert it with .float()")
+        if array.is_neg() or array.is_conj():
+            raise ArgumentTypeError(f"{what} is a lazily negated view; materialise it with .resolve_neg()")
+        try:
+            address = array.data_ptr()
+        except RuntimeError as error:
+            raise TracingError(_without_memory(what, array)) from error
+        if address == 0 and array.numel():
+            raise TracingError(_without_memory(what, array))
+        itemsize = ITEMSIZES[dtype]
+        return Memory(address, tuple(array.shape), tuple(stride * itemsize for stride in array.stride()), dtype)
+
+    def signature(self, arrays: list[Any]) -> tuple[object, ...]:
+        """See `ArrayLibrary.signature`."""
+        return (
+            list(map(_Tensor.size, arrays)),
+            [array.dtype for array in arrays],
+            [array.layout is torch.strided and array.stride() for array in arrays],
+            [array.is_cpu for array in arrays],
+            any(map(_Tensor.is_neg, arrays)),
+        )
+
+    def addresses(self, arrays: list[Any]) -> list[int]:
+        """See `ArrayLibrary.addresses`."""
+        return list(map(_Tensor.data_ptr, arrays))
+
+    def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:
+        """See `ArrayLibrary.zeros`."""
+        tensor = torch.zeros([shape[axis] for axis in order], dtype=getattr(torch, dtype), device="cpu")
+        return tensor.permute(*np.argsort(order).tolist()) if len(order) else tensor
+
+    def as_numpy(self, array: Any) -> np.ndarray[Any, Any]:
+        """See `ArrayLibrary.as_numpy`."""
+        return cast("np.ndarray[Any, Any]", array.detach().numpy())
+
+    def from_numpy(self, array: np.ndarray[Any, Any]) -> Any:
+        """See `ArrayLibrary.from_numpy`."""
+        return torch.from_numpy(array)
+
+    def wrote(self, arrays: list[Any]) -> None:
+        """Advance the version counters, so that autograd notices; inference tensors have none."""
+        try:
+            torch.autograd.graph.increment_version(arrays)
+        except RuntimeError:
+            torch.autograd.graph.increment_version([array for array in arrays if not array.is_inference()])
+
+
+def _without_memory(what: str, array: Any) -> str:
+    return (
+        f"{what} ({type(array).__name__}) has no memory of its own: it stands for a value inside a transformation "
+        "such as torch.func or torch.compile; step outside of it"
+    )
+
+
+TORCH = Torch()

@@ -1,0 +1,77 @@
+"""Clipping gradients by their global norm."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from gradstep.arrays.library import ArrayLibrary, recognise
+from gradstep.arrays.memory import axis_order, element_strides, strides_in_order
+from gradstep.errors import OutOfRangeError
+from gradstep.learning_rate import to_float
+from gradstep.step.inspection import Inspector, clip_scale, global_norm
+from gradstep.tree import flatten
+
+Grads = TypeVar("Grads")
+
+
+def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
+    """Scale gradients so that their global norm is at most `max_norm`.
+
+    `scale = min(max_norm / (norm + 1e-6), 1)`, with the norm accumulated in float64. A norm that is not finite
+    makes every gradient NaN. To clip within a step, and faster, give the optimizer `clip_norm=` instead.
+
+    Args:
+        grads: arrays by name: a mapping, or a nested dict, list or tuple. Never written.
+        max_norm: the largest norm allowed, finite and >= 0.
+
+    Returns:
+        New arrays in a tree like `grads`, and the norm before clipping.
+
+    Raises:
+        OutOfRangeError: `max_norm` is negative or not finite.
+        DtypeError, ArgumentTypeError: an entry is not an array of float32 or float64.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> clipped, norm = gs.clip_grad_norm({"w": np.array([3.0, 4.0])}, 1.0)
+        >>> norm, clipped["w"].round(3)
+        (5.0, array([0.6, 0.8]))
+    """
+    max_norm = to_float(max_norm, "max_norm")
+    if not 0 <= max_norm < math.inf:
+        raise OutOfRangeError(f"max_norm must be finite and >= 0, got {max_norm}")
+    named = flatten(grads, "grads")
+    library = recognise(named.values(), "grads")
+    norm = _norm(library, named)
+    scale = clip_scale(norm, max_norm)
+    clipped = {name: array * array.dtype.type(scale) if isinstance(array, np.ndarray) else cast("Any", array) * scale
+               for name, array in named.items()}  # fmt: skip
+    return cast("Grads", _rebuild(grads, clipped, "")), norm
+
+
+def _norm(library: ArrayLibrary, named: Mapping[str, object]) -> float:
+    by_dtype: dict[str, list[np.ndarray[Any, Any]]] = {}
+    for name, array in named.items():
+        memory = library.describe(array, f"grads[{name!r}]")
+        view = library.as_numpy(array)
+        dense = element_strides(memory) == strides_in_order(memory.shape, axis_order(memory))
+        by_dtype.setdefault(memory.dtype, []).append(view if dense else view.copy())
+    sums: list[float] = []
+    for dtype, arrays in by_dtype.items():
+        addresses = np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
+        sums += Inspector(dtype, [array.size for array in arrays]).inspect(addresses)[0]
+    every = [array for arrays in by_dtype.values() for array in arrays]
+    return global_norm(sums, every, exact="float64" not in by_dtype)
+
+
+def _rebuild(tree: object, arrays: Mapping[str, Any], prefix: str) -> object:
+    """A tree like `tree` with other leaves."""
+    if isinstance(tree, Mapping):
+        items = cast("Mapping[Any, object]", tree).items()
+        return {key: _rebuild(value, arrays, f"{prefix}{key}.") for key, value in items}
+    if isinstance(tree, (list, tuple)):
+        parts = [_rebuild(value, arrays, f"{prefix}{i}.") for i, value in enumerate(cast("list[object]", tree))]
+        return tuple(parts) if isinstance(tree, tuple) else parts
+    return arrays[prefix[:-1]] if tree is not None else None

@@ -1,0 +1,409 @@
+"""Hyperparameters: what a family declares, and the values that an optimizer holds, resolved once per step."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, SupportsFloat, TypeAlias, cast, overload
+
+import numpy as np
+
+from gradstep.errors import ArgumentTypeError, NonFiniteScalarError, OutOfRangeError
+from gradstep.learning_rate import LearningRate, Schedule
+from gradstep.program.graph import Trace
+
+ScalarLike: TypeAlias = SupportsFloat | Schedule
+PairLike: TypeAlias = Sequence[ScalarLike]
+
+
+class Check(NamedTuple):
+    """A range: how it reads, and whether a number lies in it."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+def _non_negative(x: float) -> bool:
+    return x >= 0
+
+
+def _positive(x: float) -> bool:
+    return x > 0
+
+
+def _non_positive(x: float) -> bool:
+    return x <= 0
+
+
+def _decay(x: float) -> bool:
+    return 0 <= x < 1
+
+
+FINITE = Check("finite", math.isfinite)
+NON_NEGATIVE = Check(">= 0", _non_negative)
+POSITIVE = Check("> 0", _positive)
+NON_POSITIVE = Check("<= 0", _non_positive)
+DECAY = Check("in [0, 1)", _decay)
+
+
+class Cell:
+    """One scalar of one optimizer: fixed, or a schedule with the value of the step that it was last resolved for.
+
+    A resolved value is *pending* until the step succeeds, so that a failed step changes nothing and its retry
+    does not call the schedule again.
+    """
+
+    def __init__(self, label: str, symbol: str, check: Check, value: object) -> None:
+        self.label, self.symbol, self.check = label, symbol, check
+        try:
+            self.source = LearningRate(cast("ScalarLike", value))
+        except ArgumentTypeError:
+            raise ArgumentTypeError(
+                f"{label} must be a number or a schedule step -> float, got {value!r} ({type(value).__name__})"
+            ) from None
+        self._stamp = -1
+        self._value = math.nan
+        self._pending: tuple[int, float] | None = None
+        if not self.source.is_schedule:
+            self._value = self._checked(0)
+
+    @property
+    def value(self) -> float:
+        """The value of the last step that succeeded, or of the last explicit preflight."""
+        return self._value
+
+    def upcoming(self, step: int) -> float:
+        """The value for `step`, resolved before."""
+        return self._pending[1] if self._pending is not None and self._pending[0] == step else self._value
+
+    def resolve(self, step: int) -> None:
+        """Call the schedule for `step`, unless that has been done."""
+        if self.source.is_schedule and self._stamp != step and (self._pending is None or self._pending[0] != step):
+            self._pending = (step, self._checked(step))
+
+    def publish(self) -> None:
+        """Make the pending value the current one."""
+        if self._pending is not None:
+            (self._stamp, self._value), self._pending = self._pending, None
+
+    def check_rounded(self, step: int, dtype: str) -> None:
+        """Repeat the check on the value as the compute dtype holds it."""
+        exact = self.upcoming(step)
+        with np.errstate(all="ignore"):
+            rounded = float(np.dtype(dtype).type(exact))
+        if not (math.isfinite(rounded) and self.check.holds(rounded)):
+            raise OutOfRangeError(
+                f"{self.label} = {exact!r} becomes {rounded!r} in {dtype}, the dtype of the computation; "
+                f"it must be {self.check.text} there too"
+            )
+
+    def _checked(self, step: int) -> float:
+        origin = f" (step {step} of {self.source.value!r})" if self.source.is_schedule else ""
+        try:
+            value = self.source.try_current(step)
+        except NonFiniteScalarError as error:
+            raise NonFiniteScalarError(f"{self.label}: {error}") from None
+        except ArgumentTypeError as error:
+            raise ArgumentTypeError(f"{self.label}: {error}") from None
+        if not self.check.holds(value):
+            raise OutOfRangeError(f"{self.label} must be {self.check.text}, got {value!r}{origin}")
+        return value
+
+
+class Owner(Protocol):
+    """An optimizer, as its hyperparameters see it."""
+
+    def get_hyperparameter(self, name: str) -> Any:
+        """The value last resolved."""
+        ...
+
+    def set_hyperparameters(self, values: Mapping[str, object]) -> None:
+        """Check the values together with the others and adopt them."""
+        ...
+
+
+class Field:
+    """A declared hyperparameter; reads and writes it on the optimizer."""
+
+    def __init__(self, *, default: object, kw_only: bool) -> None:
+        self.default, self.kw_only = default, kw_only
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def cells(self, owner: str, value: object) -> list[Cell]:
+        """The scalars that the value is made of; none for configuration."""
+        return []
+
+    def configuration(self, owner: str, value: object) -> Any:
+        """The value of configuration, checked."""
+        return value
+
+    def argument(self, trace: Trace, value: object) -> Any:
+        """What the rule receives while it is traced."""
+        return value
+
+    @property
+    def removable(self) -> Iterable[str]:
+        """The symbols whose truth a rule may ask: a fixed 0 is false and removes a term."""
+        return ()
+
+
+REQUIRED: Any = object()
+
+
+class Scalar(Field):
+    """A number, or a schedule of numbers. Reads as the value last resolved."""
+
+    def __init__(self, default: object, check: Check, *, kw_only: bool, removable: bool, optional: bool) -> None:
+        super().__init__(default=default, kw_only=kw_only)
+        self.check, self._removable, self.optional = check, removable, optional
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "Scalar": ...
+    @overload
+    def __get__(self, instance: Owner, owner: type) -> float: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "Scalar | float":
+        return self if instance is None else instance.get_hyperparameter(self.name)
+
+    def __set__(self, instance: Owner, value: ScalarLike) -> None:
+        instance.set_hyperparameters({self.name: value})
+
+    def cells(self, owner: str, value: object) -> list[Cell]:
+        if value is None and self.optional:
+            return []
+        return [Cell(f"{owner}'s {self.name}", self.name, self.check, value)]
+
+    def argument(self, trace: Trace, value: object) -> Any:
+        if value is None:
+            return None
+        if self._removable and not callable(value) and value == 0:
+            return 0.0
+        return trace.hyperparameter(self.name)
+
+    @property
+    def removable(self) -> Iterable[str]:
+        return (self.name,) if self._removable else ()
+
+
+class OptionalScalar(Scalar):
+    """A scalar that may be absent."""
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "OptionalScalar": ...
+    @overload
+    def __get__(self, instance: Owner, owner: type) -> float | None: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "OptionalScalar | float | None":
+        return self if instance is None else instance.get_hyperparameter(self.name)
+
+    def __set__(self, instance: Owner, value: ScalarLike | None) -> None:
+        instance.set_hyperparameters({self.name: value})
+
+
+class Pair(Field):
+    """Two numbers, each fixed or a schedule. Reads as the two values last resolved."""
+
+    def __init__(self, default: object, symbols: tuple[str, str], checks: tuple[Check, Check]) -> None:
+        super().__init__(default=default, kw_only=True)
+        self.symbols, self.checks = symbols, checks
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "Pair": ...
+    @overload
+    def __get__(self, instance: Owner, owner: type) -> tuple[float, float]: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "Pair | tuple[float, float]":
+        return self if instance is None else instance.get_hyperparameter(self.name)
+
+    def __set__(self, instance: Owner, value: PairLike) -> None:
+        instance.set_hyperparameters({self.name: value})
+
+    def cells(self, owner: str, value: object) -> list[Cell]:
+        both = list(cast("PairLike", value)) if _is_sequence(value) else []
+        if len(both) != 2:
+            raise ArgumentTypeError(f"{owner}'s {self.name} must be a sequence of two numbers or schedules, got {value!r}")
+        return [
+            Cell(f"{owner}'s {self.name}[{i}]", symbol, check, part)
+            for i, (symbol, check, part) in enumerate(zip(self.symbols, self.checks, both, strict=True))
+        ]
+
+    def argument(self, trace: Trace, value: object) -> Any:
+        return tuple(trace.hyperparameter(symbol) for symbol in self.symbols)
+
+
+class Flag(Field):
+    """Configuration that is True or False, or None where that has a meaning."""
+
+    def __init__(self, default: bool | None, *, optional: bool = False) -> None:
+        super().__init__(default=default, kw_only=True)
+        self.optional = optional
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "Flag": ...
+    @overload
+    def __get__(self, instance: Owner, owner: type) -> bool: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "Flag | bool":
+        return self if instance is None else instance.get_hyperparameter(self.name)
+
+    def __set__(self, instance: Owner, value: bool) -> None:
+        instance.set_hyperparameters({self.name: value})
+
+    def configuration(self, owner: str, value: object) -> bool | None:
+        if isinstance(value, (bool, np.bool_)):
+            return bool(value)
+        if value is None and self.optional:
+            return None
+        raise ArgumentTypeError(f"{owner}'s {self.name} must be True or False, got {value!r}")
+
+
+class OptionalFlag(Flag):
+    """A flag that may be left open."""
+
+    def __set__(self, instance: Owner, value: bool | None) -> None:
+        instance.set_hyperparameters({self.name: value})
+
+
+class Count(Field):
+    """Configuration that is a whole number of at least 1."""
+
+    def __init__(self, default: int) -> None:
+        super().__init__(default=default, kw_only=True)
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "Count": ...
+    @overload
+    def __get__(self, instance: Owner, owner: type) -> int: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "Count | int":
+        return self if instance is None else instance.get_hyperparameter(self.name)
+
+    def __set__(self, instance: Owner, value: int) -> None:
+        instance.set_hyperparameters({self.name: value})
+
+    def configuration(self, owner: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ArgumentTypeError(f"{owner}'s {self.name} must be a whole number, got {value!r}")
+        if value < 1:
+            raise OutOfRangeError(f"{owner}'s {self.name} must be >= 1, got {value}")
+        return int(value)
+
+
+class Static(Field):
+    """Any configuration of a user's rule: booleans, strings, None, or what was declared static."""
+
+
+def scalar(
+    default: ScalarLike = REQUIRED, check: Check = FINITE, *, kw_only: bool = True, removable: bool = False
+) -> Any:
+    """Declare a scalar hyperparameter; `removable`: a fixed 0 removes its term from the rule."""
+    return Scalar(default, check, kw_only=kw_only, removable=removable, optional=False)
+
+
+def optional_scalar(default: ScalarLike | None = None, check: Check = FINITE, *, kw_only: bool = True) -> Any:
+    """Declare a scalar hyperparameter that may be None."""
+    return OptionalScalar(default, check, kw_only=kw_only, removable=False, optional=True)
+
+
+def pair(default: PairLike, symbols: tuple[str, str], checks: tuple[Check, Check]) -> Any:
+    """Declare two scalars under one name."""
+    return Pair(default, symbols, checks)
+
+
+def flag(default: bool) -> Any:
+    """Declare a configuration switch."""
+    return Flag(default)
+
+
+def optional_flag(default: bool | None = None) -> Any:
+    """Declare a configuration switch that may be None."""
+    return OptionalFlag(default, optional=True)
+
+
+def count(default: int) -> Any:
+    """Declare a configuration number of at least 1."""
+    return Count(default)
+
+
+class Settings:
+    """All hyperparameters of one optimizer: as given, and as resolved."""
+
+    def __init__(self, owner: str, fields: Mapping[str, Field], given: Mapping[str, object]) -> None:
+        self._owner, self._fields = owner, fields
+        self.given: dict[str, Any] = {}
+        self._cells: dict[str, list[Cell]] = {}
+        self._rounded: object = None
+        for name, value in given.items():
+            self._adopt(name, value)
+
+    def _adopt(self, name: str, value: object) -> None:
+        field = self._fields[name]
+        cells = field.cells(self._owner, value)
+        self._cells[name] = cells
+        if isinstance(field, Pair):
+            self.given[name] = tuple(cell.source.value for cell in cells)
+        else:
+            self.given[name] = cells[0].source.value if cells else field.configuration(self._owner, value)
+
+    def replaced(self, values: Mapping[str, object], step: int) -> "Settings":
+        """A copy with other values for some hyperparameters, resolved now; the rest is shared."""
+        new = Settings(self._owner, self._fields, {})
+        new.given, new._cells = dict(self.given), dict(self._cells)
+        for name, value in values.items():
+            new._adopt(name, value)
+        for name in values:
+            for cell in new._cells[name]:
+                cell.resolve(step)
+                cell.publish()
+        return new
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every scalar."""
+        return [cell for cells in self._cells.values() for cell in cells]
+
+    def current(self, name: str) -> Any:
+        """The value last resolved, or the configuration."""
+        cells = self._cells[name]
+        if not cells:
+            return self.given[name]
+        return tuple(cell.value for cell in cells) if isinstance(self._fields[name], Pair) else cells[0].value
+
+    def upcoming(self, step: int) -> dict[str, float]:
+        """The value of every scalar for `step`, by the name of its symbol."""
+        return {cell.symbol: cell.upcoming(step) for cell in self.cells}
+
+    def resolve(self, step: int) -> None:
+        """Call the schedules for `step`, each at most once; their values stay pending."""
+        for cell in self.cells:
+            cell.resolve(step)
+
+    def publish(self) -> None:
+        """Make the pending values current."""
+        for cell in self.cells:
+            cell.publish()
+
+    def check_rounded(self, step: int, dtype: str) -> None:
+        """Repeat the checks on the values as the compute dtype holds them, unless they are the last ones checked."""
+        values = [cell.upcoming(step) for cell in self.cells]
+        if (dtype, values) != self._rounded:
+            for cell in self.cells:
+                cell.check_rounded(step, dtype)
+            self._rounded = (dtype, values)
+
+    def arguments(self, trace: Trace) -> dict[str, Any]:
+        """What a rule receives while it is traced."""
+        return {name: self._fields[name].argument(trace, value) for name, value in self.given.items()}
+
+    @property
+    def static(self) -> tuple[object, ...]:
+        """What tracing depends on: configuration, and which scalars are absent or removed."""
+        return tuple(
+            value if not self._cells[name] else value == 0 and not callable(value) and bool(self._fields[name].removable)
+            for name, value in self.given.items()
+        )
+
+    @property
+    def removable(self) -> list[str]:
+        """See `Field.removable`."""
+        return [symbol for field in self._fields.values() for symbol in field.removable]
+
+
+def _is_sequence(value: object) -> bool:
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, (str, bytes, Mapping))

@@ -1,0 +1,161 @@
+"""Several optimizers as one: each takes the parameters that its filter claims."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from fnmatch import fnmatchcase
+from typing import Any
+
+from gradstep.errors import ArgumentTypeError, ConfigurationError
+from gradstep.optimizer import Leaf, Optimizer
+
+Filter = str | Callable[[str, Any], bool]
+
+
+class MultiOptimizer(Optimizer):
+    """Optimizers side by side; the first filter that accepts a parameter decides, the last optimizer takes the rest.
+
+    A step is whole across all of them, however nested. Every child counts every step, also one that brings it nothing.
+
+    Args:
+        optimizers: at least one, each only once.
+        filters: one fewer than optimizers: globs such as `"*.bias"`, or functions `(name, parameter) -> bool`.
+            Each is asked once per name.
+        clip_norm: clip the gradients of all children together to this global norm; None for not at all.
+        nonfinite: "allow", "raise" or "skip" when any gradient holds NaN or infinity.
+
+    Raises:
+        ConfigurationError: numbers that do not match, a child given twice, or a child with options of its own.
+        ArgumentTypeError: a child that is no optimizer, a filter that is neither a glob nor a function.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> opt = gs.MultiOptimizer([gs.SGD(1.0), gs.SGD(0.5)], ["*.bias"])
+        >>> params = {"layer": {"weight": np.zeros(1, np.float32), "bias": np.zeros(1, np.float32)}}
+        >>> grads = {"layer": {"weight": np.ones(1, np.float32), "bias": np.ones(1, np.float32)}}
+        >>> opt.apply_gradients(grads, params)
+        {'layer': {'weight': array([-0.5], dtype=float32), 'bias': array([-1.], dtype=float32)}}
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        filters: Sequence[Filter] = (),
+        *,
+        clip_norm: float | None = None,
+        nonfinite: str = "allow",
+    ) -> None:
+        self._children = _checked_children(optimizers)
+        self._filters = _checked_filters(filters, len(self._children))
+        self._routes: dict[str, int] = {}
+        super().__init__(clip_norm=clip_norm, nonfinite=nonfinite)
+        self.check_options()
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """The children, in order."""
+        return self._children
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Empty: hyperparameters are the children's."""
+        return {}
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The first child's rate. It cannot be set here."""
+        return getattr(self._children[0], "learning_rate", None)
+
+    @learning_rate.setter
+    def learning_rate(self, value: object) -> None:
+        raise ConfigurationError(
+            "a MultiOptimizer has no learning rate of its own; set a child's: opt.optimizers[0].learning_rate = …"
+        )
+
+    @property
+    def state(self) -> Mapping[str, Mapping[str, Any]]:
+        return {name: slots for child in self._children for name, slots in child.state.items()}
+
+    @property
+    def steps(self) -> dict[str, int]:
+        return {name: count for child in self._children for name, count in child.steps.items()}
+
+    def coming_rate(self) -> float | None:
+        return self._children[0].coming_rate()
+
+    def leaves(self) -> list[Leaf]:
+        return [leaf for child in self._children for leaf in child.leaves()]
+
+    def route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
+        shares: list[dict[str, Any]] = [{} for _ in self._children]
+        for name, parameter in params.items():
+            if name not in self._routes:
+                self._routes[name] = self._claim(name, parameter)
+            shares[self._routes[name]][name] = parameter
+        return [part for child, share in zip(self._children, shares, strict=True) for part in child.route(share)]
+
+    def _claim(self, name: str, parameter: Any) -> int:
+        for place, accepts in enumerate(self._filters):
+            if fnmatchcase(name, accepts) if isinstance(accepts, str) else accepts(name, parameter):
+                return place
+        return len(self._filters)
+
+    def forget_routes(self) -> None:
+        self._routes = {}
+        for child in self._children:
+            child.forget_routes()
+
+    def check_options(self) -> None:
+        for child in self._children:
+            if child.has_options:
+                raise ConfigurationError(
+                    f"{child!r} has clip_norm or nonfinite set, but a step of a MultiOptimizer is one step: "
+                    "set them on the outermost MultiOptimizer"
+                )
+            child.check_options()
+
+    def exclusively(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        try:
+            stack.enter_context(self._lock)
+            for child in self._children:
+                stack.enter_context(child.exclusively())
+        except BaseException:
+            stack.close()
+            raise
+        return stack
+
+    def count_step(self) -> None:
+        self._step += 1
+        for child in self._children:
+            child.count_step()
+
+    def __repr__(self) -> str:
+        children = ", ".join(map(repr, self._children))
+        filters = f", {list(self._filters)!r}" if self._filters else ""
+        return f"MultiOptimizer([{children}]{filters}{self.spelled_options})"
+
+
+def _checked_children(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+    children = tuple(optimizers)
+    if not children:
+        raise ConfigurationError("MultiOptimizer needs at least one optimizer")
+    for child in children:
+        if not isinstance(child, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"MultiOptimizer's optimizers must be gradstep optimizers, got {child!r}")
+    inner = [leaf for child in children for leaf in child.leaves()]
+    if len({id(leaf) for leaf in inner}) < len(inner) or len({id(child) for child in children}) < len(children):
+        raise ConfigurationError("MultiOptimizer got the same optimizer twice; make one for each filter")
+    return children
+
+
+def _checked_filters(filters: Sequence[Filter], children: int) -> tuple[Filter, ...]:
+    if isinstance(filters, str):
+        raise ArgumentTypeError(f"filters must be a list of globs and functions, got the text {filters!r}: use [{filters!r}]")
+    for accepts in filters:
+        if not isinstance(accepts, str) and not callable(accepts):
+            raise ArgumentTypeError(f"a filter must be a glob or a function (name, parameter) -> bool, got {accepts!r}")
+    if len(filters) != children - 1:
+        raise ConfigurationError(
+            f"{children} optimizers need {children - 1} filters, got {len(filters)}: the last optimizer takes the rest"
+        )
+    return tuple(filters)

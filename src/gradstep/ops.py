@@ -1,0 +1,147 @@
+"""The functions that a rule may call: they build graph nodes on symbols and compute on real arrays."""
+
+import math
+import sys
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+
+from gradstep.errors import RuleError
+from gradstep.program.blocks import sum_of_squares, sum_of_values
+from gradstep.program.graph import Symbol
+from gradstep.program.newton_schulz import newton_schulz
+from gradstep.program.scalars import FUNCTIONS
+
+__all__ = [
+    "abs", "exp", "log", "maximum", "mean", "minimum", "norm", "orthogonalize", "rms", "sign", "sqrt", "where",
+]  # fmt: skip
+
+
+def sqrt(x: Any) -> Any:
+    """The square root, correctly rounded.
+
+    Example:
+        >>> import gradstep as gs
+        >>> gs.sqrt(9.0)
+        3.0
+    """
+    return _apply("sqrt", x)
+
+
+def abs(x: Any) -> Any:
+    """The absolute value."""
+    return _apply("abs", x)
+
+
+def sign(x: Any) -> Any:
+    """-1, 0 or 1; +0 for zeros of both signs, NaN for NaN."""
+    return _apply("sign", x)
+
+
+def exp(x: Any) -> Any:
+    """The exponential; equal across executors only within a few ulp."""
+    return _apply("exp", x)
+
+
+def log(x: Any) -> Any:
+    """The natural logarithm; equal across executors only within a few ulp."""
+    return _apply("log", x)
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """The smaller one; NaN when either is NaN."""
+    return _apply("minimum", x, y)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """The larger one; NaN when either is NaN."""
+    return _apply("maximum", x, y)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """`x` where the condition holds, else `y`. At least one branch is an array."""
+    if not isinstance(condition, bool) and all(isinstance(branch, (int, float)) for branch in (x, y)):
+        raise RuleError(
+            "where(condition, x, y) with two plain numbers has no dtype; "
+            "move an array into a branch: where(c, 2 * g, g) instead of where(c, 2, 1) * g"
+        )
+    return _apply("where", condition, x, y)
+
+
+def mean(x: Any, axis: int | None = None) -> Any:
+    """The mean over the whole tensor, or over the last (`axis=-1`) or second-to-last axis, kept with length 1.
+
+    Sums run in float64 over fixed blocks in C order, so no number of threads changes the result;
+    it is rounded once to the dtype of `x`. The mean of nothing is 0.
+    """
+    if axis not in (None, -1, -2):
+        raise RuleError(f"mean(x, axis) takes None, -1 or -2, got {axis!r}")
+    if isinstance(x, Symbol):
+        return x.trace.mean(x, axis)
+    array = _as_numpy(x, "mean")
+    if axis is None:
+        return _like(x, array.dtype.type(sum_of_values(array) / max(array.size, 1)))
+    sums = array.sum(axis=axis, dtype=np.float64, keepdims=True)
+    return _like(x, (sums / max(array.shape[axis], 1)).astype(array.dtype))
+
+
+def rms(x: Any) -> Any:
+    """The root of the mean square over the whole tensor; summed like `mean`."""
+    if isinstance(x, Symbol):
+        return x.trace.whole("rms", x)
+    array = _as_numpy(x, "rms")
+    return _like(x, array.dtype.type(math.sqrt(sum_of_squares(array) / max(array.size, 1))))
+
+
+def norm(x: Any) -> Any:
+    """The Euclidean norm of the whole tensor; summed like `mean`."""
+    if isinstance(x, Symbol):
+        return x.trace.whole("norm", x)
+    array = _as_numpy(x, "norm")
+    return _like(x, array.dtype.type(math.sqrt(sum_of_squares(array))))
+
+
+def orthogonalize(x: Any, steps: int = 5) -> Any:
+    """The nearest (semi-)orthogonal matrix to `x`, roughly, by Newton-Schulz iterations; flattened to (rows, rest).
+
+    Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
+    """
+    if isinstance(x, Symbol):
+        return x.trace.orthogonalize(x, steps)
+    copy = x.clone() if hasattr(x, "clone") else x.copy()
+    return newton_schulz(copy.reshape(x.shape[0], -1), steps).reshape(x.shape)
+
+
+def _apply(name: str, *args: Any) -> Any:
+    for arg in args:
+        if isinstance(arg, Symbol):
+            return arg.trace.call(name, *args)
+    if all(isinstance(arg, (bool, int, float)) for arg in args):
+        return FUNCTIONS[name](*args)
+    library = _library(args)
+    if library.__name__ == "torch":
+        like = next(arg for arg in args if hasattr(arg, "device") and arg.is_floating_point())
+        args = tuple(arg if hasattr(arg, "device") else like.new_tensor(arg) for arg in args)
+    return getattr(library, name)(*args)
+
+
+def _library(args: tuple[Any, ...]) -> ModuleType:
+    for arg in args:
+        root = type(arg).__module__.partition(".")[0]
+        if root in ("numpy", "torch"):
+            return sys.modules[root]
+    names = ", ".join(sorted({type(arg).__name__ for arg in args}))
+    raise RuleError(f"expected symbols, numbers, NumPy arrays or PyTorch tensors, got {names}")
+
+
+def _as_numpy(x: Any, name: str) -> np.ndarray[Any, Any]:
+    if isinstance(x, (np.ndarray, np.floating)):
+        return np.asarray(x)
+    if hasattr(x, "detach"):
+        return cast("np.ndarray[Any, Any]", x.detach().numpy())
+    raise RuleError(f"{name}(x) takes an array, got {x!r} ({type(x).__name__})")
+
+
+def _like(x: Any, value: Any) -> Any:
+    return x.new_tensor(value) if hasattr(x, "new_tensor") else value

@@ -1,0 +1,316 @@
+"""The life of a step: preflight, plan, inspect, commit."""
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+from gradstep.arrays.library import recognise
+from gradstep.errors import (
+    ConfigurationError,
+    NonFiniteGradientError,
+    OutOfRangeError,
+    UnknownParameterError,
+)
+from gradstep.interrupts import InterruptsHeld
+from gradstep.learning_rate import to_float
+from gradstep.report import Report
+from gradstep.step.inspection import Inspection, clip_scale
+from gradstep.step.plan import Plan, PlannedLeaf, Share
+from gradstep.tree import named_arrays
+
+Params = TypeVar("Params")
+POLICIES = ("allow", "raise", "skip")
+
+
+class Leaf(PlannedLeaf, Protocol):
+    """An optimizer with a rule, as the life cycle sees it."""
+
+    @property
+    def epoch(self) -> int:
+        """Changes whenever a plan made before is void."""
+        ...
+
+    def resolve(self) -> None:
+        """Resolve and check the scheduled hyperparameters for the coming step; all stays pending."""
+        ...
+
+    def publish_scalars(self) -> None:
+        """Make the resolved values current."""
+        ...
+
+    def fresh(self, params: Mapping[str, Any]) -> Any:
+        """New state for all these parameters, not yet adopted."""
+        ...
+
+    def adopt(self, state: Any) -> None:
+        """Replace the whole state."""
+        ...
+
+    def stage(self, share: Share) -> Any:
+        """The state after the step, not yet adopted."""
+        ...
+
+    def advance(self, staged: Any) -> None:
+        """Adopt the state after the step and publish the scalars."""
+        ...
+
+
+class Optimizer(ABC):
+    """What every optimizer does: state by name, and steps that happen whole or not at all."""
+
+    def __init__(self, *, clip_norm: float | None, nonfinite: str) -> None:
+        self._lock = threading.RLock()
+        self._step = 0
+        self._report: Report | None = None
+        self._plan: _CachedPlan | None = None
+        self._clip_norm: float | None = None
+        self._nonfinite = "allow"
+        self.clip_norm = clip_norm
+        self.nonfinite = nonfinite
+
+    @abstractmethod
+    def leaves(self) -> list[Leaf]:
+        """The optimizers with rules, in order; this one itself when it has a rule."""
+
+    @abstractmethod
+    def route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
+        """Which leaf takes which parameters; each leaf appears once."""
+
+    @abstractmethod
+    def check_options(self) -> None:
+        """Raise when the options of this optimizer and its children do not go together."""
+
+    @abstractmethod
+    def exclusively(self) -> AbstractContextManager[object]:
+        """A context that keeps other threads from stepping this optimizer and its children."""
+
+    @abstractmethod
+    def count_step(self) -> None:
+        """Advance `step`, for the children too."""
+
+    @property
+    def step(self) -> int:
+        """How many steps have been taken."""
+        return self._step
+
+    @property
+    def report(self) -> Report | None:
+        """What the last `apply_gradients` did; None before the first."""
+        return self._report
+
+    @property
+    @abstractmethod
+    def state(self) -> Mapping[str, Mapping[str, Any]]:
+        """The live slots by parameter name and slot name, read-only mappings."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> dict[str, int]:
+        """How many steps each parameter has taken."""
+
+    @abstractmethod
+    def coming_rate(self) -> float | None:
+        """The learning rate of the coming step, resolved before."""
+
+    def init(self, params: object) -> None:
+        """Begin anew: zero slots for every parameter and `steps` at 0. `step` and schedules stay.
+
+        Args:
+            params: a mapping from name to array, or a nested dict, list or tuple of them.
+
+        Raises:
+            GradstepError: a parameter cannot be trained; then nothing has changed.
+        """
+        with self.exclusively():
+            named = named_arrays(params, "params")
+            self.forget_routes()
+            fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self.route(named)]
+            with InterruptsHeld():
+                for leaf, state in fresh:
+                    leaf.adopt(state)
+
+    def forget_routes(self) -> None:
+        """Let filters be asked again."""
+
+    def preflight(self) -> None:
+        """Resolve and check this step's schedules. A second call at the same step does nothing.
+
+        Raises:
+            NonFiniteScalarError, OutOfRangeError: a schedule gave a value that cannot be used; none has changed.
+        """
+        with self.exclusively():
+            self._resolve()
+            with InterruptsHeld():
+                for leaf in self.leaves():
+                    leaf.publish_scalars()
+
+    def _resolve(self) -> None:
+        self.check_options()
+        for leaf in self.leaves():
+            leaf.resolve()
+
+    def apply_gradients(self, grads: object, params: Params) -> Params:
+        """Take one step: update `params` in place from `grads`, wholly or, on any error, not at all.
+
+        Args:
+            grads: gradients by name, nested like `params` or flat; a subset of `params` is enough, and `None`
+                stands for an absent gradient. Never written.
+            params: arrays by name: a mapping, or a nested dict, list or tuple. Nested names join with dots.
+
+        Returns:
+            `params`, the same object.
+
+        Raises:
+            GradstepError: parameters, slots, counters and resolved rates are then what they were.
+        """
+        with self.exclusively():
+            named = named_arrays(params, "params")
+            wanted = named_arrays(grads, "grads")
+            self._resolve()
+            plan, parameters, gradients = self._planned(named, wanted)
+            plan.gather(parameters, gradients)
+            inspection = self._inspect(plan, gradients)
+            culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
+            if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
+                if self._nonfinite == "raise":
+                    raise NonFiniteGradientError(
+                        f"these gradients hold NaN or infinity: {', '.join(culprits) or 'none, but their norm overflows'}; "
+                        "nothing was changed. "
+                        'Find the cause, or pass nonfinite="skip" to leave such steps out'
+                    )
+                self._report = self._make_report(inspection, culprits, applied=False)
+                return params
+            scale = 1.0
+            if inspection and self._clip_norm is not None:
+                scale = clip_scale(inspection.norm, self._clip_norm)
+            plan.prepare(scale)
+            report = self._make_report(inspection, culprits, applied=True)
+            self._commit(plan, parameters, report)
+        return params
+
+    def _commit(self, plan: Plan, parameters: Sequence[Any], report: Report) -> None:
+        staged = [(share.leaf, share.leaf.stage(share)) for share in plan.shares]
+        written = [*parameters, *plan.written_slots]
+        with InterruptsHeld():
+            plan.commit(parameters)
+            plan.library.wrote(written)
+            for leaf, state in staged:
+                leaf.advance(state)
+            self.count_step()
+            self._report = report
+
+    def _make_report(self, inspection: Inspection | None, culprits: tuple[str, ...], *, applied: bool) -> Report:
+        norm = inspection.norm if inspection else None
+        return Report(applied, self._step + applied, self.coming_rate(), norm, culprits)
+
+    def _inspect(self, plan: Plan, gradients: Sequence[Any]) -> Inspection | None:
+        if self._clip_norm is None and self._nonfinite == "allow":
+            return None
+        return plan.inspect(gradients)
+
+    def _planned(
+        self, named: Mapping[str, Any], wanted: Mapping[str, Any]
+    ) -> tuple[Plan, list[Any], list[Any]]:
+        """The plan for these arrays, and the arrays in its order."""
+        key = (list(wanted), self._clip_norm is not None, [leaf.epoch for leaf in self.leaves()])
+        cached = self._plan
+        if cached is not None and cached.key == key:
+            parameters, gradients = _pick(named, cached.plan.names), [wanted[name] for name in cached.plan.names]
+            if cached.fits(parameters, gradients):
+                library = cached.plan.library
+                cached.plan.move(library.addresses(parameters), library.addresses(gradients))
+                return cached.plan, parameters, gradients
+        self._plan = None  # a plan whose tables are half moved must not be used again
+        chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
+        recognise(chosen.values(), "params")
+        library = recognise([*chosen.values(), *wanted.values()], "one call (params and grads)")
+        shares = [Share(leaf, names) for leaf, names in self.route(chosen)]
+        plan = Plan(library, shares, chosen, wanted, clipped=self._clip_norm is not None)
+        parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
+        self._plan = _CachedPlan(key, plan, parameters, gradients)
+        return plan, parameters, gradients
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The global norm to which gradients are clipped within the step; None for not at all."""
+        return self._clip_norm
+
+    @clip_norm.setter
+    def clip_norm(self, value: float | None) -> None:
+        if value is not None:
+            value = to_float(value, "clip_norm")
+            if not 0 <= value < math.inf:
+                raise OutOfRangeError(f"clip_norm must be None or a finite number >= 0, got {value}")
+        self._clip_norm = value
+
+    @property
+    def nonfinite(self) -> str:
+        """What happens when a gradient holds NaN or infinity: "allow", "raise" or "skip"."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        if value not in POLICIES:
+            raise ConfigurationError(f"nonfinite must be one of {', '.join(map(repr, POLICIES))}, got {value!r}")
+        self._nonfinite = value
+
+    @property
+    def has_options(self) -> bool:
+        """Whether `clip_norm` or `nonfinite` differ from their defaults."""
+        return self._clip_norm is not None or self._nonfinite != "allow"
+
+    @property
+    def spelled_options(self) -> str:
+        """The options that differ from their defaults, as further arguments."""
+        clip = "" if self._clip_norm is None else f", clip_norm={self._clip_norm!r}"
+        return clip + ("" if self._nonfinite == "allow" else f", nonfinite={self._nonfinite!r}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r} that could be set")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self.exclusively():
+            return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_plan")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+        self._plan = None
+
+
+class _CachedPlan:
+    """A plan, and what must still be the same for it to serve again."""
+
+    def __init__(self, key: object, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
+        self.key, self.plan = key, plan
+        self._types = list(map(type, parameters)), list(map(type, gradients))
+        self._signatures = plan.library.signature(parameters), plan.library.signature(gradients)
+
+    def fits(self, parameters: list[Any], gradients: list[Any]) -> bool:
+        """Whether arrays of these types, shapes, strides and dtypes were planned."""
+        if (list(map(type, parameters)), list(map(type, gradients))) != self._types:
+            return False
+        signature = self.plan.library.signature
+        return (signature(parameters), signature(gradients)) == self._signatures
+
+
+def _pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """The parameters of these names."""
+    try:
+        return [named[name] for name in names]
+    except KeyError:
+        unknown = [name for name in names if name not in named]
+        raise UnknownParameterError(
+            f"there are gradients for {_listing(unknown)}, but params holds {_listing(list(named))}; "
+            "a gradient needs a parameter of its name"
+        ) from None
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:8]))
+    return (shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"

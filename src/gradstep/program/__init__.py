@@ -1,0 +1,1 @@
+"""Rules become programs: traced to a graph, cut into sweeps, emitted as LLVM IR, compiled and run."""

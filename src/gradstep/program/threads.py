@@ -1,0 +1,133 @@
+"""A small pool of threads that run a kernel together, each grabbing chunks until none is left."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+
+from gradstep.errors import ArgumentTypeError, OutOfRangeError
+from gradstep.interrupts import InterruptsHeld
+
+WORTH_THREADS = 1 << 19  # elements; below, waking a thread takes longer than it saves
+
+
+def available_threads() -> int:
+    """How many threads this process may run at once: `GRADSTEP_NUM_THREADS`, or the CPUs it is bound to."""
+    chosen = os.environ.get("GRADSTEP_NUM_THREADS", "").strip()
+    if chosen.isdecimal() and int(chosen) >= 1:
+        return int(chosen)
+    if chosen:
+        raise OutOfRangeError(f"GRADSTEP_NUM_THREADS must be a whole number of at least 1, got {chosen!r}")
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Worker:
+    """A thread that waits for a call, makes it, and reports back."""
+
+    def __init__(self) -> None:
+        self._go, self._done = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._done.acquire()
+        self._function: Callable[[int], object] | None = None
+        self._job = 0
+        threading.Thread(target=self._run, name="gradstep", daemon=True).start()
+
+    def start(self, function: Callable[[int], object], job: int) -> None:
+        """Begin `function(job)` on the thread."""
+        self._function, self._job = function, job
+        self._go.release()
+
+    def wait(self) -> None:
+        """Return when the call is over."""
+        self._done.acquire()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._function = None
+        self._go.release()
+
+    def _run(self) -> None:
+        while True:
+            self._go.acquire()
+            if self._function is None:
+                return
+            self._function(self._job)
+            self._done.release()
+
+
+class Pool:
+    """Workers beside the calling thread. One caller at a time has them; others run alone meanwhile."""
+
+    def __init__(self) -> None:
+        self._threads: int | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew without workers: a forked child has none of its parent's threads."""
+        self._busy = threading.Lock()
+        self._workers: list[Worker] = []
+
+    @property
+    def threads(self) -> int:
+        """How many threads take part in a large step, the caller included."""
+        if self._threads is None:
+            self._threads = available_threads()
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        with self._busy:
+            self._threads = count
+            self._resize(0)
+
+    def run(self, function: Callable[[int], object], job: int, elements: int) -> None:
+        """Call `function(job)` on every thread that is worth it, and return when all are done."""
+        if elements < WORTH_THREADS or self.threads == 1 or not self._busy.acquire(blocking=False):
+            function(job)
+            return
+        try:
+            # The workers use the caller's memory: an interrupt must not make the caller leave before them.
+            with InterruptsHeld():
+                self._resize(self.threads - 1)
+                for worker in self._workers:
+                    worker.start(function, job)
+                function(job)
+                for worker in self._workers:
+                    worker.wait()
+        finally:
+            self._busy.release()
+
+    def _resize(self, count: int) -> None:
+        while len(self._workers) > count:
+            self._workers.pop().stop()
+        with contextlib.suppress(RuntimeError, MemoryError):  # no more threads to be had: fewer do the work
+            while len(self._workers) < count:
+                self._workers.append(Worker())
+
+
+pool = Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.forget)
+
+
+def set_num_threads(count: int) -> None:
+    """Set how many threads a large step uses, the calling one included.
+
+    The default is `GRADSTEP_NUM_THREADS`, or the number of CPUs that the process is bound to. Results do not
+    depend on it.
+
+    Raises:
+        ArgumentTypeError: `count` is not an integer.
+        OutOfRangeError: `count` is below 1.
+
+    Example:
+        >>> import gradstep as gs
+        >>> gs.set_num_threads(1)
+    """
+    if isinstance(count, bool) or not isinstance(count, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentTypeError(f"the number of threads must be an integer, got {count!r}")
+    if count < 1:
+        raise OutOfRangeError(f"the number of threads must be at least 1, got {count}")
+    pool.threads = count

@@ -1,0 +1,22 @@
+"""What a call of `apply_gradients` did."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of the last `apply_gradients`.
+
+    Attributes:
+        applied: whether the step was taken; False when `nonfinite="skip"` skipped it.
+        step: the number of steps taken, this one included.
+        learning_rate: the rate of this step; None for a family that has none.
+        grad_norm: the Euclidean norm of all gradients before clipping; None when nothing asked for it.
+        culprits: the names of gradients that hold NaN or infinity; empty when nothing asked for them.
+    """
+
+    applied: bool
+    step: int
+    learning_rate: float | None
+    grad_norm: float | None
+    culprits: tuple[str, ...]

@@ -1,0 +1,1 @@
+"""The families: one file each. A rule is fields, slots and pure math, nothing else."""

@@ -1,0 +1,41 @@
+"""Adagrad."""
+
+from typing import Any
+
+from gradstep.ops import sqrt
+from gradstep.rules.base import POSITIVE, RuleOptimizer, Scalar, scalar
+
+
+class Adagrad(RuleOptimizer):
+    """Adagrad: the gradient over the root of the sum of all its squares.
+
+    ```
+    v = v + g**2
+    w = w - learning_rate * g / (sqrt(v) + eps)
+    ```
+
+    Args:
+        learning_rate: a number or a schedule.
+        eps: added to the root, > 0.
+        clip_norm: clip the gradients to this global norm within the step; None for not at all.
+        nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
+
+    Raises:
+        OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.
+
+    Example:
+        >>> import numpy as np, gradstep as gs
+        >>> params = {"w": np.ones(2, np.float32)}
+        >>> gs.Adagrad(0.5).apply_gradients({"w": np.ones(2, np.float32)}, params)["w"]
+        array([0.5, 0.5], dtype=float32)
+
+    Source: Duchi et al., 2011, https://jmlr.org/papers/v12/duchi11a.html
+    """
+
+    learning_rate: Scalar = scalar(kw_only=False)
+    eps: Scalar = scalar(1e-8, POSITIVE)
+
+    @staticmethod
+    def rule(w: Any, g: Any, v: Any, *, learning_rate: Any, eps: Any) -> Any:
+        v = v + g * g
+        return w - learning_rate * g / (sqrt(v) + eps), v

@@ -1,0 +1,46 @@
+"""Adamax."""
+
+from typing import Any
+
+from gradstep.ops import abs, maximum
+from gradstep.rules.base import DECAY, NON_NEGATIVE, Pair, RuleOptimizer, Scalar, pair, scalar
+
+
+class Adamax(RuleOptimizer):
+    """Adamax: Adam with a running maximum in place of the second moment; no bias correction.
+
+    ```
+    m = beta1 * m + (1 - beta1) * g
+    v = max(beta2 * v, |g|)
+    w = w - learning_rate * m / (v + eps)
+    ```
+
+    Args:
+        learning_rate: a number or a schedule.
+        betas: how much of the running mean and of the maximum is kept, each in [0, 1).
+        eps: added to the maximum, >= 0.
+        clip_norm: clip the gradients to this global norm within the step; None for not at all.
+        nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
+
+    Raises:
+        OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.
+
+    Example:
+        >>> import numpy as np, gradstep as gs
+        >>> params = {"w": np.ones(2, np.float32)}
+        >>> gs.Adamax(0.1).apply_gradients({"w": np.ones(2, np.float32)}, params)["w"]
+        array([0.99, 0.99], dtype=float32)
+
+    Source: Kingma and Ba, 2015, section 7.1, https://arxiv.org/abs/1412.6980
+    """
+
+    learning_rate: Scalar = scalar(kw_only=False)
+    betas: Pair = pair((0.9, 0.999), ("beta1", "beta2"), (DECAY, DECAY))
+    eps: Scalar = scalar(1e-8, NON_NEGATIVE)
+
+    @staticmethod
+    def rule(w: Any, g: Any, m: Any, v: Any, *, learning_rate: Any, betas: Any, eps: Any) -> Any:
+        beta1, beta2 = betas
+        m = beta1 * m + (1 - beta1) * g
+        v = maximum(beta2 * v, abs(g))
+        return w - learning_rate * m / (v + eps), m, v

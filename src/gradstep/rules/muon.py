@@ -1,0 +1,64 @@
+"""Muon."""
+
+from typing import Any
+
+from gradstep.ops import maximum, orthogonalize, sqrt
+from gradstep.rules.base import DECAY, NON_NEGATIVE, Count, Flag, RuleOptimizer, Scalar, count, flag, scalar
+
+
+class Muon(RuleOptimizer):
+    """Muon: momentum whose matrix is orthogonalized by Newton-Schulz iterations.
+
+    ```
+    g      = g + weight_decay * w
+    v      = momentum * v + (1 - momentum) * g
+    update = (1 - momentum) * g + momentum * v with Nesterov, else v
+    w      = w - learning_rate * sqrt(max(1, rows / columns)) * orthogonalize(update)
+    ```
+
+    Parameters of more than two dimensions are flattened to (rows, rest); those of fewer take the plain update
+    and are better given to another optimizer: see `MultiOptimizer`.
+
+    Args:
+        learning_rate: a number or a schedule.
+        momentum: how much of the running mean is kept, in [0, 1).
+        weight_decay: the factor of the L2 penalty's gradient, >= 0.
+        nesterov: look ahead by one momentum step.
+        ns_steps: the number of iterations, >= 1.
+        clip_norm: clip the gradients to this global norm within the step; None for not at all.
+        nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
+
+    Raises:
+        OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.
+
+    Example:
+        >>> import numpy as np, gradstep as gs
+        >>> params = {"w": np.zeros((2, 2), np.float32)}
+        >>> opt = gs.Muon(0.02, weight_decay=0)
+        >>> w = opt.apply_gradients({"w": np.eye(2, dtype=np.float32)}, params)["w"]
+        >>> bool(-0.03 < w[0, 0] < -0.01 and w[0, 1] == 0)
+        True
+
+    Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
+    """
+
+    learning_rate: Scalar = scalar(kw_only=False)
+    momentum: Scalar = scalar(0.95, DECAY)
+    weight_decay: Scalar = scalar(0.01, NON_NEGATIVE, removable=True)
+    nesterov: Flag = flag(True)
+    ns_steps: Count = count(5)
+
+    @staticmethod
+    def rule(
+        w: Any, g: Any, v: Any, *,
+        learning_rate: Any, momentum: Any, weight_decay: Any, nesterov: bool, ns_steps: int,
+    ) -> Any:  # fmt: skip
+        if weight_decay:
+            g = g + weight_decay * w
+        v = momentum * v + (1 - momentum) * g
+        update = (1 - momentum) * g + momentum * v if nesterov else v
+        if w.ndim < 2:
+            return w - learning_rate * update, v
+        rows, columns = w.shape[-2:]
+        scale = learning_rate * sqrt(maximum(1.0, rows / columns))
+        return w - scale * orthogonalize(update, ns_steps), v

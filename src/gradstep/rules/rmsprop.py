@@ -1,0 +1,43 @@
+"""RMSprop."""
+
+from typing import Any
+
+from gradstep.ops import sqrt
+from gradstep.rules.base import DECAY, POSITIVE, RuleOptimizer, Scalar, scalar
+
+
+class RMSprop(RuleOptimizer):
+    """RMSprop: the gradient over a running root mean square of it.
+
+    ```
+    v = alpha * v + (1 - alpha) * g**2
+    w = w - learning_rate * g / (sqrt(v) + eps)
+    ```
+
+    Args:
+        learning_rate: a number or a schedule.
+        alpha: how much of the running mean is kept, in [0, 1).
+        eps: added to the root, > 0.
+        clip_norm: clip the gradients to this global norm within the step; None for not at all.
+        nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
+
+    Raises:
+        OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.
+
+    Example:
+        >>> import numpy as np, gradstep as gs
+        >>> params = {"w": np.ones(2, np.float32)}
+        >>> gs.RMSprop(0.01, alpha=0.75).apply_gradients({"w": np.ones(2, np.float32)}, params)["w"]
+        array([0.98, 0.98], dtype=float32)
+
+    Source: Tieleman and Hinton, 2012, Lecture 6.5, COURSERA: Neural Networks for Machine Learning
+    """
+
+    learning_rate: Scalar = scalar(kw_only=False)
+    alpha: Scalar = scalar(0.99, DECAY)
+    eps: Scalar = scalar(1e-8, POSITIVE)
+
+    @staticmethod
+    def rule(w: Any, g: Any, v: Any, *, learning_rate: Any, alpha: Any, eps: Any) -> Any:
+        v = alpha * v + (1 - alpha) * (g * g)
+        return w - learning_rate * g / (sqrt(v) + eps), v

@@ -1,0 +1,286 @@
+"""Tensors of one optimizer that run the same program: their tables, their scratch, and the run through all sweeps."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gradstep.arrays.library import ArrayLibrary
+from gradstep.program.compiler import compile_kernel
+from gradstep.program.graph import Kind, Symbol
+from gradstep.program.kernel import ROWS, KernelSource, emit
+from gradstep.program.newton_schulz import Workspace, newton_schulz
+from gradstep.program.program import Program, place_of, small_leaves
+from gradstep.step.launch import Doubles, Integers, Launch, flat_chunks, matrix_chunks
+from gradstep.step.match import Match
+from gradstep.step.small import SmallValues, matrix_statistic, whole_statistic
+
+Array = np.ndarray[Any, Any]
+
+
+class Leaf(Protocol):
+    """An optimizer with a rule, as a batch sees it."""
+
+    @property
+    def step(self) -> int: ...
+    def upcoming_scalars(self) -> dict[str, float]:
+        """The value of each scalar hyperparameter for the step that is being taken."""
+        ...
+
+    def check_rounded(self, dtype: str) -> None:
+        """Check the scalars as the compute dtype holds them."""
+        ...
+
+    def counts(self, rows: Integers) -> Integers:
+        """How many steps the parameters in these rows of the ledger have taken."""
+        ...
+
+
+class Scratch:
+    """An array that a kernel cannot walk, and the dense copy that it walks instead."""
+
+    def __init__(self, place: str, tensor: int, copy: Array, *, written: bool, array: Any) -> None:
+        self.place, self.tensor, self.copy, self.written = place, tensor, copy, written
+        self.array = array  # None for w and g, which are handed in anew with each step
+
+
+class Batch:
+    """All tensors that share an optimizer, a program and dtypes."""
+
+    def __init__(self, leaf: Leaf, library: ArrayLibrary, matches: Sequence[Match]) -> None:
+        self.leaf, self._library, self.matches = leaf, library, list(matches)
+        self.program: Program = matches[0].program
+        self.dtype = matches[0].memory["w"].dtype
+        self.gradient_dtype = matches[0].memory["g"].dtype
+        self.sizes: Integers = np.array([match.memory["w"].size for match in matches], np.int64)
+        self.scratch: list[Scratch] = []
+        self.addresses: dict[str, Integers] = {}
+        self._small: dict[str, list[Array]] = {}
+        self._sums: dict[str, list[Array]] = {}
+        self._matrices: dict[str, list[Array]] = {}
+        self._results: list[tuple[Array, Array]] = []
+        self._known: object = None
+        self._workspace = Workspace()
+        self._views: dict[str, list[Any]] = {}
+        self.ledger_rows: Integers = np.zeros(len(matches), np.int64)
+        self._dimensions = self._measure()
+        self._make_scalar_table()
+        self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
+        for place in ("w", "g", *self.program.slots):
+            self._lay_out(place)
+        self._lay_out_matrices()
+
+    # What is made once
+
+    def _measure(self) -> Integers | None:
+        if not self.program.factored:
+            return None
+        shapes = [match.shape for match in self.matches]
+        return np.array([(*shape[-2:], -(-shape[-2] // ROWS)) for shape in shapes], np.int64)
+
+    def _stacks(self) -> list[int]:
+        return [math.prod(match.shape[:-2]) for match in self.matches]
+
+    def _make_scalar_table(self) -> None:
+        axes = sorted(set(self.program.scalars.dimensions))
+        self._shapes = [{axis: max(match.shape[axis], 1) for axis in axes} for match in self.matches]
+        per_tensor = bool(axes) or "t" in self.program.scalars.hyperparameters
+        self._scalars: Doubles = np.zeros((len(self.matches) if per_tensor else 1, max(len(self.program.scalars), 1)))
+        self._rows: Integers = np.zeros(len(self.matches), np.int64)
+
+    def _launch(self, level: int) -> Launch:
+        sweep = self.program.sweeps[level]
+        dtypes = {"g": self.gradient_dtype}
+        kernel = compile_kernel(emit(self.program, sweep, self.dtype, dtypes))
+        if self._dimensions is not None:
+            chunks = matrix_chunks(self._dimensions, np.array(self._stacks(), np.int64))
+        else:
+            chunks = flat_chunks(self.sizes)
+        launch = Launch(
+            kernel, chunks, len(self.matches), int(self.sizes.sum()),
+            rows=self._rows, scalars=self._scalars, dimensions=self._dimensions,
+        )  # fmt: skip
+        for reduction in sweep.reductions:
+            place = f"{reduction.op}:{reduction.index}"
+            self._sums[place] = [self._sum_buffer(reduction, i) for i in range(len(self.matches))]
+            launch.place(place, _addresses(self._sums[place]), sums=True)
+        for leaf in small_leaves(sweep):
+            if place_of(leaf) not in self._small:
+                self._small[place_of(leaf)] = [
+                    np.zeros(self._small_shape(leaf.kind, i), self.dtype) for i in range(len(self.matches))
+                ]
+            launch.place(place_of(leaf), _addresses(self._small[place_of(leaf)]))
+        return launch
+
+    def _small_shape(self, kind: Kind, tensor: int) -> tuple[int, ...]:
+        if kind is Kind.WHOLE:
+            return ()
+        height, width = self.matches[tensor].shape[-2:]
+        return (self._stacks()[tensor], height if kind is Kind.ROW else 1, width if kind is Kind.COLUMN else 1)
+
+    def _sum_buffer(self, reduction: Symbol, tensor: int) -> Array:
+        if self._dimensions is None:
+            return np.zeros(len(flat_chunks(self.sizes[tensor : tensor + 1])))
+        height, width, blocks = self._dimensions[tensor].tolist()
+        stack = self._stacks()[tensor]
+        shapes = {Kind.WHOLE: (stack * blocks,), Kind.ROW: (stack, height), Kind.COLUMN: (stack, blocks, width)}
+        return np.zeros(shapes[reduction.kind])
+
+    def _lay_out(self, place: str) -> None:
+        """Find each tensor's address of one array; arrays that no kernel can walk get scratch."""
+        if self.program.slots.get(place, Kind.FULL) is not Kind.FULL:
+            self._views[place] = [self._library.as_numpy(match.slots[place]) for match in self.matches]
+            return
+        addresses = np.zeros(len(self.matches), np.int64)
+        for i, match in enumerate(self.matches):
+            if match.is_direct(place):
+                addresses[i] = match.memory[place].address
+                continue
+            copy = match.scratch(match.memory[place].dtype)
+            self.scratch.append(
+                Scratch(place, i, copy, written=place != "g", array=match.slots.get(place))
+            )
+            addresses[i] = copy.ctypes.data
+        self._place(place, addresses)
+
+    def _lay_out_matrices(self) -> None:
+        for symbol in [symbol for following in self.program.matrices for symbol in following]:
+            place = place_of(symbol)
+            arrays = [np.empty((match.shape[0], math.prod(match.shape[1:])), self.dtype) for match in self.matches]
+            self._place(place, _addresses(arrays))
+            self._matrices[place] = [self._library.from_numpy(array) for array in arrays]
+
+    def _place(self, place: str, addresses: Integers) -> None:
+        self.addresses[place] = addresses
+        for launch in self._launches:
+            launch.place(place, addresses)
+
+    @property
+    def sources(self) -> list[KernelSource]:
+        """The kernels' sources, in the order of the sweeps."""
+        return [launch.kernel.source for launch in self._launches]
+
+    # What is done for each step
+
+    def move(self, place: str, addresses: Integers) -> None:
+        """The parameters or gradients lie at other addresses than before; scratch stays where it is."""
+        for scratch in self.scratch:
+            if scratch.place == place:
+                addresses[scratch.tensor] = scratch.copy.ctypes.data
+        self._place(place, addresses)
+
+    def gather(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
+        """Copy into scratch what no kernel can walk."""
+        handed = {"w": parameters, "g": gradients}
+        for scratch in self.scratch:
+            array = handed[scratch.place][scratch.tensor] if scratch.array is None else scratch.array
+            np.copyto(scratch.copy, self._library.as_numpy(array))
+
+    def prepare(self, clip_scale: float) -> None:
+        """Fill the scalars and run every sweep but the last: all that is written is scratch."""
+        self.leaf.check_rounded(self.dtype)
+        self._fill_scalars(clip_scale)
+        if len(self._launches) == 1:
+            return
+        with np.errstate(all="ignore"):
+            values = self._values()
+            for level, launch in enumerate(self._launches[:-1]):
+                launch.run()
+                self._finish(level, values)
+                self._hand_on(level + 1, values)
+            self._results = self._small_results(values)
+
+    def commit(self, parameters: Sequence[Any]) -> None:
+        """Write parameters and slots. Nothing in here can fail."""
+        self._launches[-1].run()
+        for target, value in self._results:
+            np.copyto(target, value)
+        for scratch in self.scratch:
+            if scratch.written:
+                array = parameters[scratch.tensor] if scratch.array is None else scratch.array
+                np.copyto(self._library.as_numpy(array), scratch.copy)
+
+    def _fill_scalars(self, clip_scale: float) -> None:
+        program = self.program.scalars
+        if not program:
+            return
+        known = self.leaf.upcoming_scalars()
+        known["clip_scale"] = clip_scale
+        if len(self._scalars) == 1 and "t" not in program.hyperparameters and not program.dimensions:
+            if known != self._known:
+                self._known = None  # until the table has been filled
+                self._scalars[0] = program.evaluate(known, {}, self.dtype)
+                self._known = known
+            return
+        counts = self.leaf.counts(self.ledger_rows) + 1
+        rows: dict[tuple[int, ...], int] = {}
+        if not program.dimensions and counts.min() == counts.max():
+            rows[int(counts[0]),] = 0
+            self._rows[:] = 0
+        else:
+            for i, (count, shape) in enumerate(zip(counts.tolist(), self._shapes, strict=True)):
+                self._rows[i] = rows.setdefault((count, *shape.values()), len(rows))
+        axes = list(self._shapes[0])
+        for (count, *lengths), row in rows.items():
+            known["t"] = count
+            shape = dict(zip(axes, lengths, strict=True))
+            self._scalars[row] = program.evaluate(known, shape, self.dtype)
+
+    def _values(self) -> list[SmallValues]:
+        """What is known before the first sweep: scalars, and the slots of rows and columns."""
+        number_type = np.dtype(self.dtype).type
+        arrays = {s.attribute: s for s in self.program.symbols if s.op == "array" and s.kind is not Kind.FULL}
+        known: list[SmallValues] = []
+        for i in range(len(self.matches)):
+            row = self._scalars[self._rows[i]]
+            values: dict[int, Any] = {
+                index: number_type(row[place]) for index, place in self.program.scalar_places.items()
+            }
+            for slot, symbol in arrays.items():
+                values[symbol.index] = self._views[slot][i].reshape(self._small_shape(symbol.kind, i))
+            known.append(SmallValues(self.dtype, values))
+        return known
+
+    def _finish(self, level: int, values: list[SmallValues]) -> None:
+        """Turn the sums that the sweep left behind into statistics, and run the matrix operations after it."""
+        number_type = np.dtype(self.dtype).type
+        for reduction in self.program.sweeps[level].reductions:
+            for i, sums in enumerate(self._sums[f"{reduction.op}:{reduction.index}"]):
+                if reduction.kind is Kind.WHOLE:
+                    value: Any = number_type(whole_statistic(reduction.op, sums, int(self.sizes[i])))
+                else:
+                    height, width = self.matches[i].shape[-2:]
+                    value = matrix_statistic(reduction, sums, height, width, number_type)
+                values[i].learn(reduction, value)
+        for symbol in self.program.matrices[level]:
+            for matrix in self._matrices[place_of(symbol)]:
+                newton_schulz(matrix, symbol.attribute, self._workspace)
+
+    def _hand_on(self, level: int, values: list[SmallValues]) -> None:
+        """Put the small values that the next sweep reads where its kernel finds them."""
+        for leaf in small_leaves(self.program.sweeps[level]):
+            for value, buffer in zip(values, self._small[place_of(leaf)], strict=True):
+                np.copyto(buffer, value[leaf])
+
+    def _small_results(self, values: list[SmallValues]) -> list[tuple[Array, Array]]:
+        """Each slot of rows or columns, and its new value. An empty parameter has no statistics to keep."""
+        return [
+            (target, np.reshape(values[i][symbol], target.shape))
+            for slot, symbol in self.program.small_outputs.items()
+            for i, target in enumerate(self._views[slot])
+            if self.sizes[i]
+        ]
+
+
+def _addresses(arrays: Sequence[Array]) -> Integers:
+    return np.array([array.ctypes.data for array in arrays], np.int64)
+
+
+def batches(leaf: Leaf, library: ArrayLibrary, matches: Sequence[Match]) -> list[Batch]:
+    """Sort matches by program and dtypes, and make a batch of each sort."""
+    sorts: dict[Any, list[Match]] = {}
+    for match in matches:
+        key = (id(match.program), match.memory["w"].dtype, match.memory["g"].dtype)
+        sorts.setdefault(key, []).append(match)
+    return [Batch(leaf, library, group) for group in sorts.values()]

@@ -1,0 +1,77 @@
+"""The reading pass before a step: the global norm of the gradients, and which of them are not finite."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gradstep.program.blocks import exact_sum
+from gradstep.program.compiler import Kernel, compile_kernel
+from gradstep.program.graph import Trace
+from gradstep.program.kernel import emit
+from gradstep.program.program import Program
+from gradstep.step.launch import Integers, Launch, flat_chunks
+
+SAFE_SQUARES = (1e-280, 1e280)  # between these, the sum of float64 squares has neither over- nor underflown
+
+
+class Inspection(NamedTuple):
+    """What the pass found: the Euclidean norm of all gradients, and the places of those with NaN or infinity."""
+
+    norm: float
+    culprits: list[int]
+
+
+class Inspector:
+    """Sums of squares of dense arrays of one dtype, block by block."""
+
+    def __init__(self, dtype: str, sizes: Sequence[int]) -> None:
+        self.dtype, self._sizes = dtype, np.array(sizes, np.int64)
+        chunks = flat_chunks(self._sizes)
+        self._tensor_of_block = chunks[:, 0].copy()
+        self._sums = np.zeros(len(chunks))
+        kernel, self._place = _kernel(dtype)
+        self._launch = Launch(kernel, chunks, len(sizes), int(self._sizes.sum()))
+        blocks = np.bincount(self._tensor_of_block, minlength=len(sizes))
+        first = np.cumsum(blocks) - blocks
+        self._launch.place(self._place, self._sums.ctypes.data + first * self._sums.itemsize, sums=True)
+
+    def inspect(self, addresses: Integers) -> tuple[list[float], set[int]]:
+        """The sum of squares of each block, and the tensors in which one is not finite."""
+        self._launch.place("g", addresses)
+        self._launch.run()
+        odd = np.unique(self._tensor_of_block[~np.isfinite(self._sums)])
+        return self._sums.tolist(), set(odd.tolist())
+
+
+@functools.cache
+def _kernel(dtype: str) -> tuple[Kernel, str]:
+    trace = Trace(ndim=1)
+    norm = trace.whole("norm", trace.array("g"))
+    program = Program("gradient norm", {}, {"norm": norm})
+    return compile_kernel(emit(program, program.sweeps[0], dtype, {})), f"norm:{norm.index}"
+
+
+def global_norm(sums: Sequence[float], arrays: Sequence[np.ndarray[Any, Any]], *, exact: bool) -> float:
+    """The root of the sum of all blocks.
+
+    Squares of float32 can neither over- nor underflow in float64 (`exact`). Those of float64 can: then the
+    arrays are scaled by a power of two first.
+    """
+    total = exact_sum(sums)
+    if exact or math.isnan(total) or SAFE_SQUARES[0] < total < SAFE_SQUARES[1]:
+        return math.sqrt(total)
+    largest = max((float(np.max(np.abs(array), initial=0.0)) for array in arrays), default=0.0)
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    scale = 2.0 ** math.frexp(largest)[1]
+    with np.errstate(under="ignore"):
+        parts = [float(np.sum(np.square(array / scale, dtype=np.float64))) for array in arrays]
+    return math.sqrt(math.fsum(parts)) * scale
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """The factor that brings the norm down to `max_norm`; NaN for a norm that is not finite."""
+    return min(max_norm / (norm + 1e-6), 1.0) if math.isfinite(norm) else math.nan

@@ -1,0 +1,136 @@
+"""A step planned: which arrays run in which batch, checked once and reused while nothing but addresses changes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gradstep.arrays.library import ArrayLibrary
+from gradstep.program.program import Program
+from gradstep.step.batch import Batch, Leaf, batches
+from gradstep.step.inspection import Inspection, Inspector, global_norm
+from gradstep.step.launch import Integers
+from gradstep.step.match import Match, match
+from gradstep.step.overlap import Extents
+
+
+class PlannedLeaf(Leaf, Protocol):
+    """An optimizer with a rule, as the plan sees it."""
+
+    def program(self, ndim: int, *, clipped: bool) -> Program:
+        """The program for parameters of that many dimensions."""
+        ...
+
+    def slots_of(self, name: str) -> Mapping[str, Any]:
+        """The slots that a parameter has so far."""
+        ...
+
+    def reserve(self, names: Sequence[str]) -> Integers:
+        """The rows of the ledger in which these parameters' steps are counted."""
+        ...
+
+
+class Share:
+    """The gradients that one optimizer takes in this step."""
+
+    def __init__(self, leaf: PlannedLeaf, names: list[str]) -> None:
+        self.leaf, self.names = leaf, names
+        self.matches: list[Match] = []
+        self.batches: list[Batch] = []
+        self.rows: Integers = np.zeros(0, np.int64)
+
+
+class Plan:
+    """The tables of a step. Holds no reference to parameters or gradients."""
+
+    def __init__(
+        self,
+        library: ArrayLibrary,
+        shares: Sequence[Share],
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        *,
+        clipped: bool,
+    ) -> None:
+        self.library, self.shares = library, list(shares)
+        self.names = [name for share in shares for name in share.names]
+        for share in self.shares:
+            share.matches = [
+                match(
+                    library, name, params[name], grads[name],
+                    share.leaf.program(params[name].ndim, clipped=clipped), share.leaf.slots_of(name),
+                )
+                for name in share.names
+            ]  # fmt: skip
+        self.matches = [match for share in self.shares for match in share.matches]
+        self._extents, self._slot_addresses = self._survey()
+        self._addresses: object = [m.memory["w"].address for m in self.matches], [m.memory["g"].address for m in self.matches]
+        self._check_overlap(*self._addresses)
+        for share in self.shares:
+            share.batches = batches(share.leaf, library, share.matches)
+            share.rows = share.leaf.reserve(share.names)
+            for batch in share.batches:
+                batch.ledger_rows = share.leaf.reserve([m.name for m in batch.matches])
+        self.batches = [batch for share in self.shares for batch in share.batches]
+        places = {name: place for place, name in enumerate(self.names)}
+        self._members = [np.array([places[m.name] for m in batch.matches], np.int64) for batch in self.batches]
+        self._member_lists = [members.tolist() for members in self._members]
+        self._inspectors: list[Inspector] | None = None
+        self.written_slots = [array for m in self.matches for array in m.slots.values()]
+
+    def _survey(self) -> tuple[Extents, list[int]]:
+        names: list[str] = []
+        memories = [m.memory["w"] for m in self.matches] + [m.memory["g"] for m in self.matches]
+        names += [f"params[{name!r}]" for name in self.names] + [f"grads[{name!r}]" for name in self.names]
+        slots = [(m.name, slot, m.memory[slot]) for m in self.matches for slot in m.slots]
+        names += [f"state[{name!r}][{slot!r}]" for name, slot, _ in slots]
+        memories += [memory for _, _, memory in slots]
+        count = len(self.matches)
+        written = [True] * count + [False] * count + [True] * len(slots)
+        return Extents(names, memories, written), [memory.address for _, _, memory in slots]
+
+    def _check_overlap(self, parameters: list[int], gradients: list[int]) -> None:
+        self._extents.check(np.array(parameters + gradients + self._slot_addresses, np.int64))
+
+    def move(self, parameters: list[int], gradients: list[int]) -> None:
+        """The arrays lie elsewhere now: check for overlap again and change the tables."""
+        if (parameters, gradients) == self._addresses:
+            return
+        self._check_overlap(parameters, gradients)
+        self._addresses = None  # until every table has been changed
+        for place, addresses in (("w", parameters), ("g", gradients)):
+            table: Integers = np.array(addresses, np.int64)
+            for batch, members in zip(self.batches, self._members, strict=True):
+                batch.move(place, table[members])
+        self._addresses = (parameters, gradients)
+
+    def gather(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
+        """Copy what no kernel can walk into scratch."""
+        for batch, members in zip(self.batches, self._member_lists, strict=True):
+            if batch.scratch:
+                batch.gather([parameters[i] for i in members], [gradients[i] for i in members])
+
+    def inspect(self, gradients: Sequence[Any]) -> Inspection:
+        """The global norm of the gradients, and which of them are not finite."""
+        if self._inspectors is None:
+            self._inspectors = [Inspector(batch.gradient_dtype, batch.sizes.tolist()) for batch in self.batches]
+        sums: list[float] = []
+        odd: set[int] = set()
+        for batch, members, inspector in zip(self.batches, self._member_lists, self._inspectors, strict=True):
+            parts, tensors = inspector.inspect(batch.addresses["g"])
+            sums += parts
+            odd |= {members[tensor] for tensor in tensors}
+        exact = all(inspector.dtype == "float32" for inspector in self._inspectors)
+        arrays = [] if exact else [self.library.as_numpy(gradient) for gradient in gradients]
+        culprits = [i for i in sorted(odd) if exact or not np.isfinite(arrays[i]).all()]
+        return Inspection(global_norm(sums, arrays, exact=exact), culprits)
+
+    def prepare(self, clip_scale: float) -> None:
+        """Run all that writes nothing but scratch."""
+        for batch in self.batches:
+            batch.prepare(clip_scale)
+
+    def commit(self, parameters: Sequence[Any]) -> None:
+        """Write parameters and slots."""
+        for batch, members in zip(self.batches, self._member_lists, strict=True):
+            batch.commit([parameters[i] for i in members] if batch.scratch else ())
