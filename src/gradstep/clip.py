@@ -43,11 +43,10 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
     if not 0 <= max_norm < math.inf:
         raise OutOfRangeError(f"max_norm must be finite and >= 0, got {max_norm}")
     named = flatten(grads, "grads")
-    library = recognise(named.values(), "grads")
+    library = recognise(grads=named)
     norm = _norm(library, named)
     scale = clip_scale(norm, max_norm)
-    clipped = {name: array * array.dtype.type(scale) if isinstance(array, np.ndarray) else cast("Any", array) * scale
-               for name, array in named.items()}  # fmt: skip
+    clipped = {name: _scaled(array, scale) for name, array in named.items()}
     return cast("Grads", _rebuild(grads, clipped, "")), norm
 
 
@@ -64,6 +63,13 @@ def _norm(library: ArrayLibrary, named: Mapping[str, object]) -> float:
         sums += Inspector(dtype, [array.size for array in arrays]).inspect(addresses)[0]
     every = [array for arrays in by_dtype.values() for array in arrays]
     return global_norm(sums, every, exact="float64" not in by_dtype)
+
+
+def _scaled(array: Any, scale: float) -> Any:
+    if isinstance(array, np.ndarray):
+        kind: Any = array.dtype.type
+        return np.multiply(array, kind(scale), out=np.empty_like(array, subok=False))
+    return array.detach() * scale
 
 
 def _rebuild(tree: object, arrays: Mapping[str, Any], prefix: str) -> object:

@@ -40,7 +40,7 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
 def _explain(leaf: Leaf, ndim: int, dtype: str, ir: bool) -> str:
     program = leaf.program(ndim, clipped=opt_clips(leaf))
     lines = [_headline(program, ndim, dtype)]
-    scalars = [f"  s{i} = {spell(symbol)}" for i, symbol in enumerate(program.scalars.outputs)]
+    scalars = [f"  s{i} = {text}" for i, text in enumerate(program.scalars.spelled)]
     if scalars:
         lines += [f"scalars, in float64 once per step, then rounded to {dtype}:", *scalars]
     names = {symbol.index: f"s{place}" for symbol, place in _scalar_names(program)}

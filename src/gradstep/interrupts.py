@@ -5,6 +5,13 @@ import threading
 from types import FrameType
 from typing import Any
 
+try:  # the functions that `signal` wraps in enumerations, which cost more than a small step
+    from _signal import getsignal, signal as set_signal
+except ImportError:
+    from signal import getsignal, signal as set_signal
+
+SIGINT = int(signal.SIGINT)
+
 
 class InterruptsHeld:
     """Within this context Ctrl-C waits; it takes effect on leaving. Contexts nest.
@@ -15,17 +22,17 @@ class InterruptsHeld:
     def __enter__(self) -> None:
         self._arrived = False
         self._previous: Any = None
-        if threading.current_thread() is threading.main_thread():
+        if threading.get_ident() == threading.main_thread().ident:
             # None stands for a handler that was not set from Python: it raises nothing here.
-            self._previous = signal.getsignal(signal.SIGINT)
+            self._previous = getsignal(SIGINT)
             if self._previous is not None:
-                signal.signal(signal.SIGINT, self._note)
+                set_signal(SIGINT, self._note)
 
     def __exit__(self, *_: object) -> None:
         if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+            set_signal(SIGINT, self._previous)
             if self._arrived:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(SIGINT)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self._arrived = True

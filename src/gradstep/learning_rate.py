@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import SupportsFloat
 
+import numpy as np
+
 from gradstep.errors import ArgumentTypeError, NonFiniteScalarError
 
 Schedule = Callable[[int], SupportsFloat]
@@ -65,7 +67,7 @@ class LearningRate:
 
 def to_float(value: object, what: str) -> float:
     """`float(value)`, refusing text and booleans, with an error that says what came."""
-    if not isinstance(value, (str, bytes, bool)) and isinstance(value, SupportsFloat):
+    if not isinstance(value, (str, bytes, bool, np.bool_)) and isinstance(value, SupportsFloat):
         try:
             return float(value)
         except OverflowError:

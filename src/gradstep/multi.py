@@ -7,6 +7,7 @@ from typing import Any
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Leaf, Optimizer
+from gradstep.state import StateView
 
 Filter = str | Callable[[str, Any], bool]
 
@@ -73,7 +74,7 @@ class MultiOptimizer(Optimizer):
 
     @property
     def state(self) -> Mapping[str, Mapping[str, Any]]:
-        return {name: slots for child in self._children for name, slots in child.state.items()}
+        return StateView(self.leaves())
 
     @property
     def steps(self) -> dict[str, int]:

@@ -18,6 +18,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+NUMBERS = (bool, int, float)  # exactly these: np.float64 is a float too, but stands for an array without dimensions
+
+
 def sqrt(x: Any) -> Any:
     """The square root, correctly rounded.
 
@@ -61,7 +64,7 @@ def maximum(x: Any, y: Any) -> Any:
 
 def where(condition: Any, x: Any, y: Any) -> Any:
     """`x` where the condition holds, else `y`. At least one branch is an array."""
-    if not isinstance(condition, bool) and all(isinstance(branch, (int, float)) for branch in (x, y)):
+    if type(condition) is not bool and all(type(branch) in NUMBERS for branch in (x, y)):
         raise RuleError(
             "where(condition, x, y) with two plain numbers has no dtype; "
             "move an array into a branch: where(c, 2 * g, g) instead of where(c, 2, 1) * g"
@@ -117,7 +120,7 @@ def _apply(name: str, *args: Any) -> Any:
     for arg in args:
         if isinstance(arg, Symbol):
             return arg.trace.call(name, *args)
-    if all(isinstance(arg, (bool, int, float)) for arg in args):
+    if all(type(arg) in NUMBERS for arg in args):
         return FUNCTIONS[name](*args)
     library = _library(args)
     if library.__name__ == "torch":

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 from gradstep.arrays.library import recognise
+from gradstep.arrays.memory import Integers
 from gradstep.errors import (
     ConfigurationError,
     NonFiniteGradientError,
@@ -16,7 +17,9 @@ from gradstep.errors import (
 )
 from gradstep.interrupts import InterruptsHeld
 from gradstep.learning_rate import to_float
+from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.report import Report
+from gradstep.state import Holder
 from gradstep.step.inspection import Inspection, clip_scale
 from gradstep.step.plan import Plan, PlannedLeaf, Share
 from gradstep.tree import named_arrays
@@ -25,7 +28,7 @@ Params = TypeVar("Params")
 POLICIES = ("allow", "raise", "skip")
 
 
-class Leaf(PlannedLeaf, Protocol):
+class Leaf(PlannedLeaf, Holder, Protocol):
     """An optimizer with a rule, as the life cycle sees it."""
 
     @property
@@ -47,14 +50,6 @@ class Leaf(PlannedLeaf, Protocol):
 
     def adopt(self, state: Any) -> None:
         """Replace the whole state."""
-        ...
-
-    def stage(self, share: Share) -> Any:
-        """The state after the step, not yet adopted."""
-        ...
-
-    def advance(self, staged: Any) -> None:
-        """Adopt the state after the step and publish the scalars."""
         ...
 
 
@@ -172,7 +167,8 @@ class Optimizer(ABC):
             self._resolve()
             plan, parameters, gradients = self._planned(named, wanted)
             plan.gather(parameters, gradients)
-            inspection = self._inspect(plan, gradients)
+            with IeeeArithmetic():
+                inspection = self._inspect(plan, gradients)
             culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
             if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
                 if self._nonfinite == "raise":
@@ -186,19 +182,20 @@ class Optimizer(ABC):
             scale = 1.0
             if inspection and self._clip_norm is not None:
                 scale = clip_scale(inspection.norm, self._clip_norm)
-            plan.prepare(scale)
+            with IeeeArithmetic():
+                plan.prepare(scale)
             report = self._make_report(inspection, culprits, applied=True)
             self._commit(plan, parameters, report)
         return params
 
     def _commit(self, plan: Plan, parameters: Sequence[Any], report: Report) -> None:
-        staged = [(share.leaf, share.leaf.stage(share)) for share in plan.shares]
+        staged = [(share, share.leaf.stage(share)) for share in plan.shares]
         written = [*parameters, *plan.written_slots]
         with InterruptsHeld():
             plan.commit(parameters)
             plan.library.wrote(written)
-            for leaf, state in staged:
-                leaf.advance(state)
+            for share, state in staged:
+                share.leaf.advance(share, state)
             self.count_step()
             self._report = report
 
@@ -219,14 +216,13 @@ class Optimizer(ABC):
         cached = self._plan
         if cached is not None and cached.key == key:
             parameters, gradients = _pick(named, cached.plan.names), [wanted[name] for name in cached.plan.names]
-            if cached.fits(parameters, gradients):
-                library = cached.plan.library
-                cached.plan.move(library.addresses(parameters), library.addresses(gradients))
+            places = cached.locate(parameters, gradients)
+            if places is not None:
+                cached.plan.move(*places)
                 return cached.plan, parameters, gradients
         self._plan = None  # a plan whose tables are half moved must not be used again
         chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
-        recognise(chosen.values(), "params")
-        library = recognise([*chosen.values(), *wanted.values()], "one call (params and grads)")
+        library = recognise(params=chosen, grads=wanted)
         shares = [Share(leaf, names) for leaf, names in self.route(chosen)]
         plan = Plan(library, shares, chosen, wanted, clipped=self._clip_norm is not None)
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
@@ -288,15 +284,13 @@ class _CachedPlan:
 
     def __init__(self, key: object, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
         self.key, self.plan = key, plan
-        self._types = list(map(type, parameters)), list(map(type, gradients))
-        self._signatures = plan.library.signature(parameters), plan.library.signature(gradients)
+        self._watches = plan.library.watch(parameters), plan.library.watch(gradients)
 
-    def fits(self, parameters: list[Any], gradients: list[Any]) -> bool:
-        """Whether arrays of these types, shapes, strides and dtypes were planned."""
-        if (list(map(type, parameters)), list(map(type, gradients))) != self._types:
-            return False
-        signature = self.plan.library.signature
-        return (signature(parameters), signature(gradients)) == self._signatures
+    def locate(self, parameters: list[Any], gradients: list[Any]) -> tuple[Integers, Integers] | None:
+        """The addresses of arrays of the types, shapes, strides and dtypes that were planned; else None."""
+        first = self._watches[0].locate(parameters)
+        second = None if first is None else self._watches[1].locate(gradients)
+        return None if first is None or second is None else (first, second)
 
 
 def _pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

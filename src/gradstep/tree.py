@@ -68,6 +68,11 @@ def _collect(
             _collect(cast("Tree", value), here, what, named, paths)
             continue
         reject_module(value, f"{what}{_spell(here)}")
+        if isinstance(value, (bool, int, float, complex)):
+            raise ArgumentTypeError(
+                f"{what}{_spell(here)} is a plain number ({value!r}), which cannot be updated in place; wrap it, or the "
+                "list that it is in, in an array: np.array(..., dtype=np.float32)"
+            )
         name = ".".join(map(str, here))
         if name in named:
             raise DuplicateNameError(

@@ -1,13 +1,21 @@
 """What the optimizer asks of an array library: one small interface, and how a library is recognised."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from gradstep.arrays.memory import Memory
+from gradstep.arrays.memory import Integers, Memory
 from gradstep.errors import ArgumentTypeError
+
+
+class Watch(Protocol):
+    """The layouts of the arrays of a plan."""
+
+    def locate(self, arrays: list[Any]) -> Integers | None:
+        """The addresses of arrays of the same types and layouts; None when anything but addresses differs."""
+        ...
 
 
 class ArrayLibrary(Protocol):
@@ -19,12 +27,8 @@ class ArrayLibrary(Protocol):
         """Where the array lies; an error that begins with `what` for one that cannot take part."""
         ...
 
-    def signature(self, arrays: list[Any]) -> tuple[object, ...]:
-        """All that a plan relies on except types and addresses: equal signatures, equal layouts."""
-        ...
-
-    def addresses(self, arrays: list[Any]) -> list[int]:
-        """The address of each array's first element."""
+    def watch(self, arrays: list[Any]) -> Watch:
+        """Remember the layouts of arrays that have been described."""
         ...
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:
@@ -44,23 +48,25 @@ class ArrayLibrary(Protocol):
         ...
 
 
-def recognise(values: Iterable[object], what: str) -> ArrayLibrary:
-    """The one library that owns all `values`; no library is imported that the caller has not.
+def recognise(**trees: Mapping[str, object]) -> ArrayLibrary:
+    """The one library that owns all arrays of the trees; no library is imported that the caller has not.
 
     Raises:
-        ArgumentTypeError: the values belong to different libraries, or one is no array.
+        ArgumentTypeError: the arrays belong to different libraries, or an entry is no array.
     """
     found: dict[type, ArrayLibrary] = {}
     first: tuple[str, ArrayLibrary] | None = None
-    for value in values:
-        if type(value) not in found:
-            library = _library_of(value, what)
-            found[type(value)] = library
-            first = first or (type(value).__name__, library)
+    for tree, named in trees.items():
+        for name, value in named.items():
+            if type(value) in found:
+                continue
+            what = f"{tree}[{name!r}]"
+            library = found[type(value)] = _library_of(value, what)
+            first = first or (what, library)
             if library is not first[1]:
                 raise ArgumentTypeError(
-                    f"{what} mixes arrays of {first[1].name} ({first[0]}) and of {library.name} "
-                    f"({type(value).__name__}); one call takes arrays of one library"
+                    f"{first[0]} belongs to {first[1].name}, but {what} to {library.name}; "
+                    "one call takes arrays of one library"
                 )
     return first[1] if first else _numpy()
 
@@ -73,7 +79,7 @@ def _library_of(value: object, what: str) -> ArrayLibrary:
         from gradstep.arrays.torch import TORCH
 
         return TORCH
-    raise ArgumentTypeError(f"{what} holds {_came(value)}; expected NumPy arrays or PyTorch tensors")
+    raise ArgumentTypeError(f"{what} is {_came(value)}; expected a NumPy array or a PyTorch tensor")
 
 
 def _came(value: object) -> str:

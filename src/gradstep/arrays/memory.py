@@ -1,9 +1,11 @@
 """Where an array lies in memory, whoever owns it, and what can be said about such places."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+
+Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 ITEMSIZES = {"float32": 4, "float64": 8}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstep.arrays.memory import ITEMSIZES, Memory
+from gradstep.arrays.memory import ITEMSIZES, Integers, Memory
 from gradstep.errors import ArgumentTypeError, DtypeError
 
 Array = np.ndarray[Any, Any]
@@ -30,22 +30,9 @@ class NumPy:
             )
         return Memory(_address(array), array.shape, array.strides, array.dtype.name, array.flags.writeable)
 
-    def signature(self, arrays: list[Array]) -> tuple[object, ...]:
-        """See `ArrayLibrary.signature`."""
-        return (
-            [array.shape for array in arrays],
-            [array.strides for array in arrays],
-            [array.dtype for array in arrays],
-            [array.flags.writeable for array in arrays],
-        )
-
-    def addresses(self, arrays: list[Array]) -> list[int]:
-        """See `ArrayLibrary.addresses`."""
-        address_of = ctypes.addressof
-        try:
-            return [address_of(_borrow(array)) for array in arrays]
-        except (TypeError, ValueError, BufferError):  # one is read-only, empty or not in C order
-            return [_address(array) for array in arrays]
+    def watch(self, arrays: list[Array]) -> "Watched":
+        """See `ArrayLibrary.watch`."""
+        return Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Array:
         """See `ArrayLibrary.zeros`."""
@@ -62,6 +49,36 @@ class NumPy:
 
     def wrote(self, arrays: list[Array]) -> None:
         """NumPy keeps no record of writes."""
+
+
+class Watched:
+    """See `Watch`."""
+
+    def __init__(self, arrays: list[Array]) -> None:
+        self._layouts = _layouts(arrays)
+
+    def locate(self, arrays: list[Array]) -> Integers | None:
+        """See `Watch.locate`."""
+        if _layouts(arrays) != self._layouts:
+            return None
+        address_of = ctypes.addressof
+        try:
+            return np.array([address_of(_borrow(array)) for array in arrays], np.int64)
+        except (TypeError, ValueError, BufferError):  # one is read-only, empty or not in C order
+            return np.array([_address(array) for array in arrays], np.int64)
+
+
+def _layouts(arrays: list[Array]) -> tuple[object, ...]:
+    types = list(map(type, arrays))
+    if not all(issubclass(kind, np.ndarray) for kind in set(types)):
+        return (types,)
+    return (
+        types,
+        [array.shape for array in arrays],
+        [array.strides for array in arrays],
+        [array.dtype for array in arrays],
+        [array.flags.writeable for array in arrays],
+    )
 
 
 def _address(array: Array) -> int:

@@ -1,12 +1,14 @@
 """PyTorch tensors on the CPU. This module is imported only where the caller has imported torch."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from gradstep.arrays.memory import ITEMSIZES, Memory
+from gradstep.arrays.memory import ITEMSIZES, Integers, Memory
+from gradstep.arrays.exchange import ExchangeWatch, load_exchange
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, TracingError
 
 torch: Any = sys.modules["torch"]
@@ -30,6 +32,8 @@ class Torch:
             raise DtypeError(f"{what} has dtype {array.dtype}; expected float32 or float64: convert it with .float()")
         if array.is_neg() or array.is_conj():
             raise ArgumentTypeError(f"{what} is a lazily negated view; materialise it with .resolve_neg()")
+        if hasattr(array, "fake_mode"):
+            raise TracingError(_without_memory(what, array))
         try:
             address = array.data_ptr()
         except RuntimeError as error:
@@ -39,19 +43,10 @@ class Torch:
         itemsize = ITEMSIZES[dtype]
         return Memory(address, tuple(array.shape), tuple(stride * itemsize for stride in array.stride()), dtype)
 
-    def signature(self, arrays: list[Any]) -> tuple[object, ...]:
-        """See `ArrayLibrary.signature`."""
-        return (
-            list(map(_Tensor.size, arrays)),
-            [array.dtype for array in arrays],
-            [array.layout is torch.strided and array.stride() for array in arrays],
-            [array.is_cpu for array in arrays],
-            any(map(_Tensor.is_neg, arrays)),
-        )
-
-    def addresses(self, arrays: list[Any]) -> list[int]:
-        """See `ArrayLibrary.addresses`."""
-        return list(map(_Tensor.data_ptr, arrays))
+    def watch(self, arrays: list[Any]) -> "ExchangeWatch | Watched":
+        """See `ArrayLibrary.watch`."""
+        describe = _exchange()
+        return ExchangeWatch(describe, arrays, _any_negated) if describe else Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:
         """See `ArrayLibrary.zeros`."""
@@ -72,6 +67,42 @@ class Torch:
             torch.autograd.graph.increment_version(arrays)
         except RuntimeError:
             torch.autograd.graph.increment_version([array for array in arrays if not array.is_inference()])
+
+
+class Watched:
+    """See `Watch`: through the methods of tensors, one by one."""
+
+    def __init__(self, arrays: list[Any]) -> None:
+        self._layouts = _layouts(arrays)
+
+    def locate(self, arrays: list[Any]) -> Integers | None:
+        """See `Watch.locate`."""
+        if _layouts(arrays) != self._layouts:
+            return None
+        return np.array(list(map(_Tensor.data_ptr, arrays)), np.int64)
+
+
+@functools.cache
+def _exchange() -> int | None:
+    return load_exchange(_Tensor, torch.zeros((2, 3), device="cpu").t(), Watched)
+
+
+def _layouts(arrays: list[Any]) -> tuple[object, ...]:
+    types = list(map(type, arrays))
+    if not all(issubclass(kind, _Tensor) for kind in set(types)):
+        return (types,)
+    return (
+        types,
+        list(map(_Tensor.size, arrays)),
+        [array.dtype for array in arrays],
+        [array.layout is torch.strided and array.stride() for array in arrays],
+        [array.is_cpu for array in arrays],
+        _any_negated(arrays),
+    )
+
+
+def _any_negated(arrays: list[Any]) -> bool:
+    return any(map(_Tensor.is_neg, arrays))
 
 
 def _without_memory(what: str, array: Any) -> str:

@@ -68,29 +68,30 @@ if hasattr(os, "register_at_fork"):
 class Kernel:
     """A compiled sweep: call it with the address of a job. The call runs without the GIL."""
 
-    def __init__(self, source: KernelSource, engine: object, address: int) -> None:
+    def __init__(self, source: KernelSource) -> None:
         self.source = source
-        self.address = address
-        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-        self._engine = engine  # owns the machine code
+        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(load_function("sweep", module_ir(source.ir)))
 
 
-_kernels: dict[str, Kernel] = {}
-
-
+@functools.cache
 def compile_kernel(source: KernelSource) -> Kernel:
-    """The kernel of `source`: from memory, else from disk, else compiled."""
-    kernel = _kernels.get(source.ir)
-    if kernel is None:
-        with _lock:
-            kernel = _kernels.get(source.ir) or _load(source)
-            _kernels[source.ir] = kernel
-    return kernel
+    """The kernel of `source`."""
+    return Kernel(source)
 
 
-def _load(source: KernelSource) -> Kernel:
+_engines: dict[str, Any] = {}  # own the machine code, for as long as the process lives
+
+
+def load_function(name: str, module: str) -> int:
+    """The address of a function of the module: from memory, else from disk, else compiled."""
+    with _lock:
+        if module not in _engines:
+            _engines[module] = _load(module)
+        return _engines[module].get_function_address(name)
+
+
+def _load(module: str) -> Any:
     llvm, target = _target()
-    module = module_ir(source.ir)
     key = _key(module)
     code = _read(key)
     if code is None:
@@ -99,22 +100,28 @@ def _load(source: KernelSource) -> Kernel:
     engine: Any = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return Kernel(source, engine, engine.get_function_address("sweep"))
+    return engine
+
+
+def arithmetic_ir() -> str:
+    """The functions that switch to IEEE arithmetic and back, for everybody."""
+    return module_ir(
+        "define i64 @enter_ieee() {\n  %mode = call i64 @ieee_mode()\n  ret i64 %mode\n}\n"
+        "define void @leave_ieee(i64 %mode) {\n  call void @restore_mode(i64 %mode)\n  ret void\n}\n"
+    )
 
 
 def module_ir(ir: str) -> str:
-    """The complete module for this machine: the triple, the arithmetic mode's switches, the sweep."""
-    llvm, _ = _target()
-    triple = llvm.get_process_triple()
-    machine = triple.partition("-")[0]
+    """The module of `ir` for this machine, with the switches of the arithmetic mode."""
+    machine = _triple().partition("-")[0]
     mode = X86_MODE if machine == "x86_64" else ARM_MODE if machine in ("aarch64", "arm64") else OTHER_MODE
-    return f'target triple = "{triple}"\n{mode}\n{ir}'
+    return f"{mode}\n{ir}"
 
 
-def _compile(module_ir: str) -> bytes:
+def _compile(ir: str) -> bytes:
     llvm, make_target = _target()
     target = make_target()
-    module = llvm.parse_assembly(module_ir)
+    module = llvm.parse_assembly(f'target triple = "{_triple()}"\n{ir}')
     module.verify()
     # The IR is already in vectors; what is left to LLVM is scheduling, registers and loop invariants.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
@@ -132,10 +139,17 @@ def _target() -> tuple[Any, Any]:
     llvm.initialize_native_asmprinter()
 
     def make() -> Any:
-        target = llvm.Target.from_triple(llvm.get_process_triple())
+        target = llvm.Target.from_triple(_triple())
         return target.create_target_machine(cpu=_cpu()[0], features=_cpu()[1], opt=2)
 
     return llvm, make
+
+
+@functools.cache
+def _triple() -> str:
+    import llvmlite.binding as llvm
+
+    return llvm.get_process_triple()
 
 
 @functools.cache
@@ -148,7 +162,7 @@ def _cpu() -> tuple[str, str]:
 def _key(module: str) -> str:
     import llvmlite.binding as llvm
 
-    parts = (module, repr(llvm.llvm_version_info), *_cpu())
+    parts = (module, repr(llvm.llvm_version_info), _triple(), *_cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

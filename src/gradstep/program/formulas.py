@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from gradstep.program.graph import COMPARISONS, Symbol
 
-INFIX = {"add": ("+", 1), "subtract": ("-", 1), "multiply": ("*", 2), "divide": ("/", 2), "power": ("**", 4)}
-INFIX |= {name: (sign, 0) for sign, name in COMPARISONS.items()}
+SHAPE = "shape"  # the parameter's
+INFIX = {name: (sign, 0) for sign, name in COMPARISONS.items()} | {
+    "add": ("+", 1), "subtract": ("-", 1), "multiply": ("*", 2), "divide": ("/", 2), "power": ("**", 4),
+}  # fmt: skip
 
 
 def spell(symbol: Symbol, names: Mapping[int, str] | None = None) -> str:
@@ -20,9 +22,9 @@ def _spell(symbol: Symbol, names: Mapping[int, str]) -> tuple[str, int]:
     if symbol.op in ("array", "hyperparameter"):
         return symbol.attribute, 9
     if symbol.op == "dimension":
-        return f"w.shape[{symbol.attribute}]", 9
+        return f"{SHAPE}[{symbol.attribute}]", 9
     if symbol.op == "constant":
-        return f"{symbol.attribute:g}" if symbol.attribute == float(f"{symbol.attribute:g}") else repr(symbol.attribute), 9
+        return _spell_number(symbol.attribute)
     if symbol.op in INFIX:
         sign, strength = INFIX[symbol.op]
         left, left_strength = _spell(symbol.args[0], names)
@@ -40,3 +42,10 @@ def _spell(symbol: Symbol, names: Mapping[int, str]) -> tuple[str, int]:
     if symbol.op == "orthogonalize":
         parts.append(f"steps={symbol.attribute}")
     return f"{symbol.op}({', '.join(parts)})", 9
+
+
+def _spell_number(value: float) -> tuple[str, int]:
+    if isinstance(value, (bool, int)) or value != value:
+        return repr(value), 3 if value < 0 else 9
+    short = f"{value:g}"
+    return short if float(short) == value and "e" in short else repr(value), 3 if repr(value)[0] == "-" else 9

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from gradstep.program.formulas import spell
 from gradstep.program.graph import REDUCTIONS, Kind, Symbol, reachable
-from gradstep.program.scalars import ScalarTape
+from gradstep.program.scalars import ScalarExpressions
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Program:
         return Sweep(tuple(s for s in ending if s.op in REDUCTIONS), tuple(stores))
 
     @cached_property
-    def scalars(self) -> ScalarTape:
+    def scalars(self) -> ScalarExpressions:
         """The host's share: every scalar that an array operation takes, except literal numbers."""
         used = {
             arg.index: arg
@@ -113,7 +112,7 @@ class Program:
             for arg in symbol.args
             if arg.kind is Kind.HOST and arg.op != "constant"
         }
-        return ScalarTape(self.name, list(used.values()), spell)
+        return ScalarExpressions(self.name, list(used.values()))
 
     @cached_property
     def scalar_places(self) -> dict[int, int]:

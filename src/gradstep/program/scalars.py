@@ -1,11 +1,11 @@
 """Scalar expressions: hoisted out of the rule and computed once per step on the host, in float64."""
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gradstep.errors import NonFiniteScalarError
+from gradstep.program.formulas import SHAPE, spell
 from gradstep.program.graph import Symbol, reachable
 
 
@@ -26,20 +26,8 @@ def _where(condition: bool, x: float, y: float) -> float:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": operator.add,
-    "subtract": operator.sub,
-    "multiply": operator.mul,
-    "divide": operator.truediv,
-    "power": operator.pow,
-    "negative": operator.neg,
-    "less": operator.lt,
-    "less_equal": operator.le,
-    "greater": operator.gt,
-    "greater_equal": operator.ge,
-    "equal": operator.eq,
-    "not_equal": operator.ne,
     "sqrt": math.sqrt,
-    "abs": operator.abs,
+    "abs": abs,
     "sign": _sign,
     "exp": math.exp,
     "log": math.log,
@@ -51,20 +39,18 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 LARGEST = {"float32": 3.4028235677973366e38, "float64": math.inf}  # from here on rounding gives infinity
 
 
-class ScalarTape:
-    """The scalar expressions of a program in the order of their evaluation."""
+class ScalarExpressions:
+    """The scalar expressions of a program, spelled as Python and compiled once."""
 
-    def __init__(self, name: str, outputs: Sequence[Symbol], spell: Callable[[Symbol], str]) -> None:
-        self._name, self._spell = name, spell
+    def __init__(self, name: str, outputs: Sequence[Symbol]) -> None:
+        self._name = name
         self.outputs = list(outputs)
+        self.spelled = [spell(output) for output in outputs]
         symbols = reachable(outputs)
-        places = {symbol.index: place for place, symbol in enumerate(symbols)}
-        self._steps = [
-            (symbol, FUNCTIONS.get(symbol.op), tuple(places[arg.index] for arg in symbol.args)) for symbol in symbols
-        ]
-        self._places = [places[output.index] for output in outputs]
         self.hyperparameters = [symbol.attribute for symbol in symbols if symbol.op == "hyperparameter"]
         self.dimensions = [symbol.attribute for symbol in symbols if symbol.op == "dimension"]
+        self._checked = [output.attribute != "clip_scale" for output in outputs]
+        self._all = self._compile(f"[{', '.join(self.spelled)}]")
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -74,32 +60,33 @@ class ScalarTape:
 
         `clip_scale` alone may be NaN: a non-finite norm that is allowed spreads.
         """
-        values: list[Any] = []
-        for symbol, function, args in self._steps:
-            if function is not None:
-                try:
-                    values.append(function(*[values[arg] for arg in args]))
-                except (ArithmeticError, ValueError) as error:
-                    raise self._undefined(symbol, f"undefined ({error})", known) from None
-            elif symbol.op == "hyperparameter":
-                values.append(known[symbol.attribute])
-            elif symbol.op == "dimension":
-                values.append(shape[symbol.attribute])
-            else:
-                values.append(symbol.attribute)
-        results = [values[place] for place in self._places]
+        arguments = [known[name] for name in self.hyperparameters]
+        try:
+            results = self._all(shape, *arguments)
+        except (ArithmeticError, ValueError):
+            self._find_undefined(known, shape, arguments)
+            raise
         largest = LARGEST[dtype]
-        for symbol, value in zip(self.outputs, results, strict=True):
-            if isinstance(value, complex):
-                raise self._undefined(symbol, f"complex ({value})", known)
-            finite = -largest < value < largest
-            if not finite and symbol.attribute != "clip_scale":
-                raise self._undefined(symbol, f"{value}, which is not finite in {dtype}", known)
-        return [float(value) for value in results]
+        for place, value in enumerate(results):
+            if self._checked[place] and (isinstance(value, complex) or not -largest < value < largest):
+                raise self._error(place, f"{value}, which is not finite in {dtype}", known)
+        return results
 
-    def _undefined(self, symbol: Symbol, what: str, known: Mapping[str, float]) -> NonFiniteScalarError:
-        used = [inner.attribute for inner in reachable([symbol]) if inner.op == "hyperparameter"]
+    def _compile(self, expression: str) -> Callable[..., Any]:
+        # The text comes from `spell`: operators, the names in FUNCTIONS, and the rule's own argument names.
+        arguments = ", ".join([SHAPE, *self.hyperparameters])
+        return eval(f"lambda {arguments}: {expression}", {**FUNCTIONS, "inf": math.inf, "nan": math.nan})
+
+    def _find_undefined(self, known: Mapping[str, float], shape: Mapping[int, int], arguments: list[float]) -> None:
+        for place, expression in enumerate(self.spelled):
+            try:
+                self._compile(expression)(shape, *arguments)
+            except (ArithmeticError, ValueError) as error:
+                raise self._error(place, f"undefined ({error})", known) from None
+
+    def _error(self, place: int, what: str, known: Mapping[str, float]) -> NonFiniteScalarError:
+        used = [inner.attribute for inner in reachable([self.outputs[place]]) if inner.op == "hyperparameter"]
         values = ", ".join(f"{name} = {known[name]!r}" for name in used)
         return NonFiniteScalarError(
-            f"{self._name}: the scalar {self._spell(symbol)} is {what}" + (f", with {values}" if values else "")
+            f"{self._name}: the scalar {self.spelled[place]} is {what}" + (f", with {values}" if values else "")
         )

@@ -1,14 +1,14 @@
 """The base of every optimizer that is a rule: fields, slots and pure math; state and scalars are kept here."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import MappingProxyType
 from typing import Any, ClassVar, dataclass_transform
 
 import numpy as np
 
 from gradstep.arrays.library import recognise
+from gradstep.arrays.memory import Integers
 from gradstep.errors import ArgumentTypeError
 from gradstep.hyperparameters import (
     DECAY,
@@ -35,8 +35,8 @@ from gradstep.hyperparameters import (
 from gradstep.optimizer import Leaf, Optimizer
 from gradstep.program.graph import Kind, Trace, trace
 from gradstep.program.program import Program
-from gradstep.step.launch import Integers
 from gradstep.step.match import check_parameter, make_slots
+from gradstep.state import StateView
 from gradstep.step.plan import Share
 
 __all__ = [
@@ -132,7 +132,7 @@ class RuleOptimizer(Optimizer):
 
     @property
     def state(self) -> Mapping[str, Mapping[str, Any]]:
-        return StateView(self._entries)
+        return StateView([self])
 
     @property
     def steps(self) -> dict[str, int]:
@@ -142,6 +142,10 @@ class RuleOptimizer(Optimizer):
     def slots_of(self, name: str) -> Mapping[str, Any]:
         """The slots that a parameter has so far."""
         return self._entries.get(name, {})
+
+    def names(self) -> KeysView[str]:
+        """The parameters that have been seen."""
+        return self._entries.keys()
 
     def reserve(self, names: Sequence[str]) -> Integers:
         """The rows of the ledger in which these parameters' steps are counted."""
@@ -158,7 +162,7 @@ class RuleOptimizer(Optimizer):
 
     def fresh(self, params: Mapping[str, Any]) -> State:
         """Zero slots for all these parameters, and counts at 0."""
-        library = recognise(params.values(), "params")
+        library = recognise(params=params)
         entries: dict[str, dict[str, Any]] = {}
         for name, parameter in params.items():
             memory = check_parameter(library, name, parameter)
@@ -172,16 +176,16 @@ class RuleOptimizer(Optimizer):
 
     def stage(self, share: Share) -> State:
         """The state after the step, not yet adopted."""
-        changed = {m.name: dict(m.slots) for m in share.matches if m.slots.keys() != self._known_slots(m.name)}
         counts = self._counts.copy()
         counts[share.rows] += 1
-        return {**self._entries, **changed} if changed else self._entries, self._ledger, counts
+        if share.published:
+            return self._entries, self._ledger, counts
+        slots = {match.name: dict(match.slots) for match in share.matches}
+        return {**self._entries, **slots}, self._ledger, counts
 
-    def _known_slots(self, name: str) -> Any:
-        return self._entries[name].keys() if name in self._entries else None
-
-    def advance(self, staged: State) -> None:
+    def advance(self, share: Share, staged: State) -> None:
         """Adopt the state after the step and publish the scalars."""
+        share.published = True
         self._entries, self._ledger, self._counts = staged
         self._settings.publish()
 
@@ -241,25 +245,6 @@ class RuleOptimizer(Optimizer):
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._settings.given.items())
         return f"{type(self).__name__}({given}{self.spelled_options})"
-
-
-class StateView(Mapping[str, Mapping[str, Any]]):
-    """A read-only view of an optimizer's live slots."""
-
-    def __init__(self, entries: Mapping[str, dict[str, Any]]) -> None:
-        self._entries = entries
-
-    def __getitem__(self, name: str) -> Mapping[str, Any]:
-        return MappingProxyType(self._entries[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __repr__(self) -> str:
-        return repr(self._entries)
 
 
 def _signature(fields: Mapping[str, Field]) -> inspect.Signature:

@@ -18,7 +18,10 @@ RESERVED = frozenset(
 class CustomOptimizer(RuleOptimizer):
     """The base of the classes that `@gs.rule` makes. A rule without a `learning_rate` has rate None."""
 
-    learning_rate: Any = None
+    @property
+    def learning_rate(self) -> Any:
+        """None; a rule with a learning rate has it as a hyperparameter instead."""
+        return None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradstep.arrays.library import ArrayLibrary
+from gradstep.arrays.memory import Integers
 from gradstep.program.compiler import compile_kernel
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import ROWS, KernelSource, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
 from gradstep.program.program import Program, place_of, small_leaves
-from gradstep.step.launch import Doubles, Integers, Launch, flat_chunks, matrix_chunks
+from gradstep.step.launch import Doubles, Launch, flat_chunks, matrix_chunks
 from gradstep.step.match import Match
 from gradstep.step.small import SmallValues, matrix_statistic, whole_statistic
 

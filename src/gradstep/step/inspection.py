@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gradstep.arrays.memory import Integers
 from gradstep.program.blocks import exact_sum
 from gradstep.program.compiler import Kernel, compile_kernel
 from gradstep.program.graph import Trace
 from gradstep.program.kernel import emit
 from gradstep.program.program import Program
-from gradstep.step.launch import Integers, Launch, flat_chunks
+from gradstep.step.launch import Launch, flat_chunks
 
 SAFE_SQUARES = (1e-280, 1e280)  # between these, the sum of float64 squares has neither over- nor underflown
 

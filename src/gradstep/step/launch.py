@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from gradstep.arrays.memory import Integers
 from gradstep.program.blocks import BLOCK
 from gradstep.program.compiler import Kernel
 from gradstep.program.kernel import FIELDS, ROWS
 from gradstep.program.threads import pool
 
-Integers = np.ndarray[Any, np.dtype[np.int64]]
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
 

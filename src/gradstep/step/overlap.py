@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradstep.arrays.memory import Memory, as_array
+from gradstep.arrays.memory import Integers, Memory, as_array
 from gradstep.errors import AliasedParametersError
-from gradstep.step.launch import Integers
 
 
 class Extents:

@@ -6,10 +6,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradstep.arrays.library import ArrayLibrary
+from gradstep.arrays.memory import Integers, Memory
 from gradstep.program.program import Program
+from gradstep.program.threads import pool
 from gradstep.step.batch import Batch, Leaf, batches
 from gradstep.step.inspection import Inspection, Inspector, global_norm
-from gradstep.step.launch import Integers
 from gradstep.step.match import Match, match
 from gradstep.step.overlap import Extents
 
@@ -30,6 +31,15 @@ class PlannedLeaf(Leaf, Protocol):
         ...
 
 
+    def stage(self, share: "Share") -> Any:
+        """The state after the step, not yet adopted."""
+        ...
+
+    def advance(self, share: "Share", staged: Any) -> None:
+        """Adopt the state after the step and publish the scalars."""
+        ...
+
+
 class Share:
     """The gradients that one optimizer takes in this step."""
 
@@ -38,6 +48,7 @@ class Share:
         self.matches: list[Match] = []
         self.batches: list[Batch] = []
         self.rows: Integers = np.zeros(0, np.int64)
+        self.published = False  # whether the slots are the optimizer's already
 
 
 class Plan:
@@ -53,6 +64,7 @@ class Plan:
         clipped: bool,
     ) -> None:
         self.library, self.shares = library, list(shares)
+        _ = pool.threads  # an error in how many there should be belongs here, before anything is written
         self.names = [name for share in shares for name in share.names]
         for share in self.shares:
             share.matches = [
@@ -64,8 +76,9 @@ class Plan:
             ]  # fmt: skip
         self.matches = [match for share in self.shares for match in share.matches]
         self._extents, self._slot_addresses = self._survey()
-        self._addresses: object = [m.memory["w"].address for m in self.matches], [m.memory["g"].address for m in self.matches]
-        self._check_overlap(*self._addresses)
+        parameters, gradients = (_addresses([m.memory[place] for m in self.matches]) for place in ("w", "g"))
+        self._check_overlap(parameters, gradients)
+        self._addresses: tuple[Integers, Integers] | None = (parameters, gradients)
         for share in self.shares:
             share.batches = batches(share.leaf, library, share.matches)
             share.rows = share.leaf.reserve(share.names)
@@ -78,30 +91,29 @@ class Plan:
         self._inspectors: list[Inspector] | None = None
         self.written_slots = [array for m in self.matches for array in m.slots.values()]
 
-    def _survey(self) -> tuple[Extents, list[int]]:
-        names: list[str] = []
-        memories = [m.memory["w"] for m in self.matches] + [m.memory["g"] for m in self.matches]
-        names += [f"params[{name!r}]" for name in self.names] + [f"grads[{name!r}]" for name in self.names]
-        slots = [(m.name, slot, m.memory[slot]) for m in self.matches for slot in m.slots]
+    def _survey(self) -> tuple[Extents, Integers]:
+        slots = [(match.name, slot, match.memory[slot]) for match in self.matches for slot in match.slots]
+        names = [f"{tree}[{name!r}]" for tree in ("params", "grads") for name in self.names]
         names += [f"state[{name!r}][{slot!r}]" for name, slot, _ in slots]
+        memories = [match.memory[place] for place in ("w", "g") for match in self.matches]
         memories += [memory for _, _, memory in slots]
         count = len(self.matches)
         written = [True] * count + [False] * count + [True] * len(slots)
-        return Extents(names, memories, written), [memory.address for _, _, memory in slots]
+        return Extents(names, memories, written), _addresses([memory for _, _, memory in slots])
 
-    def _check_overlap(self, parameters: list[int], gradients: list[int]) -> None:
-        self._extents.check(np.array(parameters + gradients + self._slot_addresses, np.int64))
+    def _check_overlap(self, parameters: Integers, gradients: Integers) -> None:
+        self._extents.check(np.concatenate([parameters, gradients, self._slot_addresses]))
 
-    def move(self, parameters: list[int], gradients: list[int]) -> None:
-        """The arrays lie elsewhere now: check for overlap again and change the tables."""
-        if (parameters, gradients) == self._addresses:
+    def move(self, parameters: Integers, gradients: Integers) -> None:
+        """The arrays may lie elsewhere now: then check for overlap again and change the tables."""
+        old = self._addresses
+        if old is not None and np.array_equal(parameters, old[0]) and np.array_equal(gradients, old[1]):
             return
         self._check_overlap(parameters, gradients)
         self._addresses = None  # until every table has been changed
         for place, addresses in (("w", parameters), ("g", gradients)):
-            table: Integers = np.array(addresses, np.int64)
             for batch, members in zip(self.batches, self._members, strict=True):
-                batch.move(place, table[members])
+                batch.move(place, addresses[members])
         self._addresses = (parameters, gradients)
 
     def gather(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
@@ -134,3 +146,7 @@ class Plan:
         """Write parameters and slots."""
         for batch, members in zip(self.batches, self._member_lists, strict=True):
             batch.commit([parameters[i] for i in members] if batch.scratch else ())
+
+
+def _addresses(memories: Sequence[Memory]) -> Integers:
+    return np.array([memory.address for memory in memories], np.int64)
