@@ -66,10 +66,9 @@ def _norm(library: ArrayLibrary, named: Mapping[str, object]) -> float:
 
 
 def _scaled(array: Any, scale: float) -> Any:
-    if isinstance(array, np.ndarray):
-        kind: Any = array.dtype.type
-        return np.multiply(array, kind(scale), out=np.empty_like(array, subok=False))
-    return array.detach() * scale
+    if hasattr(array, "detach"):
+        return array.detach() * scale
+    return np.multiply(array, array.dtype.type(scale), out=np.empty_like(array, subok=False))
 
 
 def _rebuild(tree: object, arrays: Mapping[str, Any], prefix: str) -> object:

@@ -1,18 +1,20 @@
 """What an optimizer computes, printed as formulas and as LLVM IR."""
 
-from collections.abc import Iterator
+from collections import Counter
 
-from gradstep.optimizer import Leaf, Optimizer
+from gradstep.optimizer import Optimizer
 from gradstep.program.compiler import module_ir
 from gradstep.program.formulas import spell
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import emit
-from gradstep.program.program import Program, Sweep, place_of
+from gradstep.program.program import Program, Sweep, is_leaf, is_unchanged, place_of
 from gradstep.program.values import BYTES
 
 
 def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool = True) -> None:
     """Print the program of each rule in `opt`: its formulas, what it reads and writes, and its LLVM IR.
+
+    A prime marks new values: `m'` is what `m` becomes.
 
     Args:
         opt: any optimizer.
@@ -22,47 +24,33 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
 
     Example:
         >>> import gradstep as gs
-        >>> gs.explain(gs.Lion(1e-4), ir=False)
+        >>> gs.explain(gs.Lion(1e-4, weight_decay=0.1), ir=False)
         Lion, float32, 2 dimensions: 1 sweep, 20 bytes per element
-        scalars, in float64 once per step, then rounded to float32:
-          s0 = beta2
-          s1 = 1 - beta2
-          s2 = learning_rate
-          s3 = beta1
-          s4 = 1 - beta1
-        sweep 1 reads w m g, writes w m:
-          w = w - s2 * sign(s3 * m + s4 * g)
-          m = s0 * m + s1 * g
+          once per step, in float64, then rounded to float32:
+            s1 = 1 - beta1
+            s2 = 1 - beta2
+            s3 = 1 - learning_rate * weight_decay
+          sweep 1 reads w g m, writes w m:
+            m' = beta2 * m + s2 * g
+            w' = w * s3 - learning_rate * sign(beta1 * m + s1 * g)
     """
-    print("\n\n".join(_explain(leaf, ndim, dtype, ir) for leaf in opt.leaves()))
+    clipped = opt.clip_norm is not None
+    print("\n\n".join(_explain(leaf.program(ndim, clipped=clipped), ndim, dtype, ir) for leaf in opt.leaves()))
 
 
-def _explain(leaf: Leaf, ndim: int, dtype: str, ir: bool) -> str:
-    program = leaf.program(ndim, clipped=opt_clips(leaf))
-    lines = [_headline(program, ndim, dtype)]
-    scalars = [f"  s{i} = {text}" for i, text in enumerate(program.scalars.spelled)]
-    if scalars:
-        lines += [f"scalars, in float64 once per step, then rounded to {dtype}:", *scalars]
-    names = {symbol.index: f"s{place}" for symbol, place in _scalar_names(program)}
+def _explain(program: Program, ndim: int, dtype: str, ir: bool) -> str:
+    text = _Text(program)
+    lines = [_headline(program, ndim, dtype), *text.scalars(dtype)]
     for number, sweep in enumerate(program.sweeps):
-        reads = [place_of(leaf) for leaf in sweep.leaves if leaf.kind is Kind.FULL]
-        lines += _formulas(sweep, number, reads, names)
-        lines += _between(program, number, names)
+        lines += [*text.sweep(sweep, number), *text.after(number)]
     if ir:
         for number, sweep in enumerate(program.sweeps):
             lines += ["", f"; sweep {number + 1}", module_ir(emit(program, sweep, dtype, {}).ir)]
     return "\n".join(lines)
 
 
-def opt_clips(leaf: Leaf) -> bool:
-    """Whether the gradients are clipped within the step."""
-    return getattr(leaf, "clip_norm", None) is not None
-
-
 def _headline(program: Program, ndim: int, dtype: str) -> str:
-    moves = sum(
-        len([leaf for leaf in sweep.leaves if leaf.kind is Kind.FULL]) + len(sweep.stores) for sweep in program.sweeps
-    )
+    moves = sum(len(_arrays(sweep)) + len(sweep.stores) for sweep in program.sweeps)
     sweeps = len(program.sweeps)
     return (
         f"{program.name}, {dtype}, {ndim} dimension{'s' * (ndim != 1)}: {sweeps} sweep{'s' * (sweeps != 1)}, "
@@ -70,36 +58,70 @@ def _headline(program: Program, ndim: int, dtype: str) -> str:
     )
 
 
-def _scalar_names(program: Program) -> Iterator[tuple[Symbol, int]]:
-    yield from ((symbol, place) for place, symbol in enumerate(program.scalars.outputs))
+def _arrays(sweep: Sweep) -> list[Symbol]:
+    return [leaf for leaf in sweep.leaves if leaf.kind is Kind.FULL]
 
 
-def _formulas(sweep: Sweep, number: int, reads: list[str], names: dict[int, str]) -> list[str]:
-    writes = " ".join(store.place for store in sweep.stores)
-    lines = [f"sweep {number + 1} reads {' '.join(reads)}" + (f", writes {writes}:" if writes else ":")]
-    known = dict(names)
-    roots = [*((f"{r.op}_{r.index}", r) for r in sweep.reductions), *((s.place, s.value) for s in sweep.stores)]
-    uses: dict[int, int] = {}
-    for symbol in sweep.body:
-        for arg in symbol.args:
-            uses[arg.index] = uses.get(arg.index, 0) + 1
-    for symbol in sweep.body:
-        if uses.get(symbol.index, 0) > 1:
-            lines.append(f"  x{symbol.index} = {spell(symbol, known)}")
-            known[symbol.index] = f"x{symbol.index}"
-    lines += [f"  {name} = {spell(value, known)}" for name, value in roots]
-    names |= {r.index: f"{r.op}_{r.index}" for r in sweep.reductions}
-    return lines
+class _Text:
+    """The formulas of a program, with names for what is used more than once."""
 
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._names: dict[int, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._new = {
+            value.index: f"{place}'" for place, value in program.outputs.items() if not is_unchanged(place, value)
+        }
 
-def _between(program: Program, number: int, names: dict[int, str]) -> list[str]:
-    if number + 1 == len(program.sweeps):
-        return [f"then {slot} = {spell(value, names)}" for slot, value in program.small_outputs.items()]
-    lines: list[str] = []
-    for symbol in program.matrices[number]:
-        place = place_of(symbol)
-        lines.append(f"then {place} = orthogonalize({place}, steps={symbol.attribute}), on the array library")
-        names[symbol.index] = place
-    return lines
+    def scalars(self, dtype: str) -> list[str]:
+        """The expressions of the host; a bare hyperparameter keeps its own name."""
+        lines: list[str] = []
+        for symbol in self._program.scalars.outputs:
+            if symbol.op != "hyperparameter":
+                lines.append(f"    {self._name(symbol, 's')} = {spell(symbol)}")
+        return [f"  once per step, in float64, then rounded to {dtype}:", *lines] if lines else []
 
+    def sweep(self, sweep: Sweep, number: int) -> list[str]:
+        """What a pass over the elements reads, sums and writes."""
+        stored = {store.value.index: store.place for store in sweep.stores}
+        reads = " ".join(self._names.get(leaf.index, place_of(leaf)) for leaf in _arrays(sweep))
+        writes = " ".join(place if place in self._program.outputs else "scratch" for place in stored.values())
+        lines = [f"  sweep {number + 1} reads {reads}" + (f", writes {writes}:" if writes else ":")]
+        uses = Counter(arg.index for symbol in sweep.body for arg in symbol.args)
+        uses.update(root.index for root in sweep.roots)
+        for symbol in sweep.body:
+            self._names.pop(symbol.index, None)  # computed anew in each sweep
+            if symbol.index in self._new:
+                lines.append(self._line(symbol, self._new[symbol.index]))
+            elif symbol.index in stored:
+                lines.append(self._line(symbol, f"{stored[symbol.index].partition(':')[0]}_input"))
+            elif uses[symbol.index] > 1:
+                lines.append(self._line(symbol, self._fresh("x")))
+        for reduction in sweep.reductions:
+            lines.append(self._line(reduction, self._fresh(reduction.op)))
+        return lines
 
+    def after(self, number: int) -> list[str]:
+        """What happens between this sweep and the next: matrix operations, and small values that are kept."""
+        lines: list[str] = []
+        for symbol in self._program.matrices[number]:
+            lines.append(self._line(symbol, self._fresh("matrix"), " on the array library"))
+        for symbol in self._program.symbols:
+            small = is_leaf(symbol) and symbol.kind not in (Kind.FULL, Kind.HOST)
+            known = self._program.levels[symbol.index] <= number + 1
+            if small and known and symbol.index in self._new and symbol.index not in self._names:
+                lines.append(self._line(symbol, self._new[symbol.index]))
+        return ["  then:", *lines] if lines else []
+
+    def _line(self, symbol: Symbol, name: str, note: str = "") -> str:
+        line = f"    {name} = {spell(symbol, self._names)}{note}"
+        self._names[symbol.index] = name
+        return line
+
+    def _name(self, symbol: Symbol, stem: str) -> str:
+        self._names[symbol.index] = self._fresh(stem)
+        return self._names[symbol.index]
+
+    def _fresh(self, stem: str) -> str:
+        self._counts[stem] += 1
+        return f"{stem}{self._counts[stem]}"

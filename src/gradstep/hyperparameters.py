@@ -151,12 +151,26 @@ class Field:
 REQUIRED: Any = object()
 
 
-class Scalar(Field):
-    """A number, or a schedule of numbers. Reads as the value last resolved."""
-
-    def __init__(self, default: object, check: Check, *, kw_only: bool, removable: bool, optional: bool) -> None:
+class _ScalarField(Field):
+    def __init__(self, default: object, check: Check, *, kw_only: bool, removable: bool) -> None:
         super().__init__(default=default, kw_only=kw_only)
-        self.check, self._removable, self.optional = check, removable, optional
+        self._check, self._removable = check, removable
+
+    def cells(self, owner: str, value: object) -> list[Cell]:
+        return [Cell(f"{owner}'s {self.name}", self.name, self._check, value)]
+
+    def argument(self, trace: Trace, value: object) -> Any:
+        if self._removable and not callable(value) and value == 0:
+            return 0.0
+        return trace.hyperparameter(self.name)
+
+    @property
+    def removable(self) -> Iterable[str]:
+        return (self.name,) if self._removable else ()
+
+
+class Scalar(_ScalarField):
+    """A number, or a schedule of numbers. Reads as the value last resolved."""
 
     @overload
     def __get__(self, instance: None, owner: type) -> "Scalar": ...
@@ -168,25 +182,9 @@ class Scalar(Field):
     def __set__(self, instance: Owner, value: ScalarLike) -> None:
         instance.set_hyperparameters({self.name: value})
 
-    def cells(self, owner: str, value: object) -> list[Cell]:
-        if value is None and self.optional:
-            return []
-        return [Cell(f"{owner}'s {self.name}", self.name, self.check, value)]
 
-    def argument(self, trace: Trace, value: object) -> Any:
-        if value is None:
-            return None
-        if self._removable and not callable(value) and value == 0:
-            return 0.0
-        return trace.hyperparameter(self.name)
-
-    @property
-    def removable(self) -> Iterable[str]:
-        return (self.name,) if self._removable else ()
-
-
-class OptionalScalar(Scalar):
-    """A scalar that may be absent."""
+class OptionalScalar(_ScalarField):
+    """A scalar that may be absent: None."""
 
     @overload
     def __get__(self, instance: None, owner: type) -> "OptionalScalar": ...
@@ -197,6 +195,12 @@ class OptionalScalar(Scalar):
 
     def __set__(self, instance: Owner, value: ScalarLike | None) -> None:
         instance.set_hyperparameters({self.name: value})
+
+    def cells(self, owner: str, value: object) -> list[Cell]:
+        return [] if value is None else super().cells(owner, value)
+
+    def argument(self, trace: Trace, value: object) -> Any:
+        return None if value is None else super().argument(trace, value)
 
 
 class Pair(Field):
@@ -219,7 +223,7 @@ class Pair(Field):
     def cells(self, owner: str, value: object) -> list[Cell]:
         both = list(cast("PairLike", value)) if _is_sequence(value) else []
         if len(both) != 2:
-            raise ArgumentTypeError(f"{owner}'s {self.name} must be a sequence of two numbers or schedules, got {value!r}")
+            raise ArgumentTypeError(f"{owner}'s {self.name} must be two numbers or schedules, got {value!r}")
         return [
             Cell(f"{owner}'s {self.name}[{i}]", symbol, check, part)
             for i, (symbol, check, part) in enumerate(zip(self.symbols, self.checks, both, strict=True))
@@ -230,11 +234,10 @@ class Pair(Field):
 
 
 class Flag(Field):
-    """Configuration that is True or False, or None where that has a meaning."""
+    """Configuration that is True or False."""
 
-    def __init__(self, default: bool | None, *, optional: bool = False) -> None:
+    def __init__(self, default: bool) -> None:
         super().__init__(default=default, kw_only=True)
-        self.optional = optional
 
     @overload
     def __get__(self, instance: None, owner: type) -> "Flag": ...
@@ -246,19 +249,34 @@ class Flag(Field):
     def __set__(self, instance: Owner, value: bool) -> None:
         instance.set_hyperparameters({self.name: value})
 
-    def configuration(self, owner: str, value: object) -> bool | None:
-        if isinstance(value, (bool, np.bool_)):
-            return bool(value)
-        if value is None and self.optional:
-            return None
-        raise ArgumentTypeError(f"{owner}'s {self.name} must be True or False, got {value!r}")
+    def configuration(self, owner: str, value: object) -> bool:
+        return _truth(f"{owner}'s {self.name}", value, "True or False")
 
 
-class OptionalFlag(Flag):
-    """A flag that may be left open."""
+class OptionalFlag(Field):
+    """Configuration that is True, False, or left open: None."""
+
+    def __init__(self, default: bool | None) -> None:
+        super().__init__(default=default, kw_only=True)
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "OptionalFlag": ...
+    @overload
+    def __get__(self, instance: Owner, owner: type) -> bool | None: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "OptionalFlag | bool | None":
+        return self if instance is None else instance.get_hyperparameter(self.name)
 
     def __set__(self, instance: Owner, value: bool | None) -> None:
         instance.set_hyperparameters({self.name: value})
+
+    def configuration(self, owner: str, value: object) -> bool | None:
+        return None if value is None else _truth(f"{owner}'s {self.name}", value, "True, False or None")
+
+
+def _truth(what: str, value: object, expected: str) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(cast("bool", value))
+    raise ArgumentTypeError(f"{what} must be {expected}, got {value!r}")
 
 
 class Count(Field):
@@ -282,41 +300,44 @@ class Count(Field):
             raise ArgumentTypeError(f"{owner}'s {self.name} must be a whole number, got {value!r}")
         if value < 1:
             raise OutOfRangeError(f"{owner}'s {self.name} must be >= 1, got {value}")
-        return int(value)
+        return int(cast("int", value))
 
 
 class Static(Field):
     """Any configuration of a user's rule: booleans, strings, None, or what was declared static."""
 
 
+# Type checkers read `default=` and `kw_only=` from the calls: always pass them by name.
+
+
 def scalar(
-    default: ScalarLike = REQUIRED, check: Check = FINITE, *, kw_only: bool = True, removable: bool = False
+    *, default: ScalarLike = REQUIRED, check: Check = FINITE, kw_only: bool = True, removable: bool = False
 ) -> Any:
     """Declare a scalar hyperparameter; `removable`: a fixed 0 removes its term from the rule."""
-    return Scalar(default, check, kw_only=kw_only, removable=removable, optional=False)
+    return Scalar(default, check, kw_only=kw_only, removable=removable)
 
 
-def optional_scalar(default: ScalarLike | None = None, check: Check = FINITE, *, kw_only: bool = True) -> Any:
+def optional_scalar(*, default: None, check: Check = FINITE, kw_only: bool = True) -> Any:
     """Declare a scalar hyperparameter that may be None."""
-    return OptionalScalar(default, check, kw_only=kw_only, removable=False, optional=True)
+    return OptionalScalar(default, check, kw_only=kw_only, removable=False)
 
 
-def pair(default: PairLike, symbols: tuple[str, str], checks: tuple[Check, Check]) -> Any:
+def pair(*, default: PairLike, symbols: tuple[str, str], checks: tuple[Check, Check]) -> Any:
     """Declare two scalars under one name."""
     return Pair(default, symbols, checks)
 
 
-def flag(default: bool) -> Any:
+def flag(*, default: bool) -> Any:
     """Declare a configuration switch."""
     return Flag(default)
 
 
-def optional_flag(default: bool | None = None) -> Any:
+def optional_flag(*, default: None) -> Any:
     """Declare a configuration switch that may be None."""
-    return OptionalFlag(default, optional=True)
+    return OptionalFlag(default)
 
 
-def count(default: int) -> Any:
+def count(*, default: int) -> Any:
     """Declare a configuration number of at least 1."""
     return Count(default)
 
@@ -394,10 +415,12 @@ class Settings:
     @property
     def static(self) -> tuple[object, ...]:
         """What tracing depends on: configuration, and which scalars are absent or removed."""
-        return tuple(
-            value if not self._cells[name] else value == 0 and not callable(value) and bool(self._fields[name].removable)
-            for name, value in self.given.items()
-        )
+        return tuple(self._static(name, value) for name, value in self.given.items())
+
+    def _static(self, name: str, value: object) -> object:
+        if not self._cells[name]:
+            return value
+        return bool(self._fields[name].removable) and not callable(value) and value == 0
 
     @property
     def removable(self) -> list[str]:

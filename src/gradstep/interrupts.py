@@ -1,14 +1,15 @@
 """Ctrl-C held back while memory is being written."""
 
+import importlib
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
 try:  # the functions that `signal` wraps in enumerations, which cost more than a small step
-    from _signal import getsignal, signal as set_signal
+    _functions: Any = importlib.import_module("_signal")
 except ImportError:
-    from signal import getsignal, signal as set_signal
+    _functions = signal
 
 SIGINT = int(signal.SIGINT)
 
@@ -24,13 +25,13 @@ class InterruptsHeld:
         self._previous: Any = None
         if threading.get_ident() == threading.main_thread().ident:
             # None stands for a handler that was not set from Python: it raises nothing here.
-            self._previous = getsignal(SIGINT)
+            self._previous = _functions.getsignal(SIGINT)
             if self._previous is not None:
-                set_signal(SIGINT, self._note)
+                _functions.signal(SIGINT, self._note)
 
     def __exit__(self, *_: object) -> None:
         if self._previous is not None:
-            set_signal(SIGINT, self._previous)
+            _functions.signal(SIGINT, self._previous)
             if self._arrived:
                 signal.raise_signal(SIGINT)
 

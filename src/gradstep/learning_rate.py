@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import SupportsFloat
+from typing import Any, SupportsFloat, cast
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class LearningRate:
         return f"LearningRate({kind} {self.value!r})"
 
 
-def to_float(value: object, what: str) -> float:
+def to_float(value: Any, what: str) -> float:
     """`float(value)`, refusing text and booleans, with an error that says what came."""
     if not isinstance(value, (str, bytes, bool, np.bool_)) and isinstance(value, SupportsFloat):
         try:
@@ -74,4 +74,5 @@ def to_float(value: object, what: str) -> float:
             return math.inf
         except (TypeError, ValueError):
             pass
-    raise ArgumentTypeError(f"{what} must be a number, got {value!r} ({type(value).__name__})")
+    came = type(cast("object", value)).__name__
+    raise ArgumentTypeError(f"{what} must be a number, got {value!r} ({came})")

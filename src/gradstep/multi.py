@@ -7,6 +7,7 @@ from typing import Any
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Leaf, Optimizer
+from gradstep.options import Policy
 from gradstep.state import StateView
 
 Filter = str | Callable[[str, Any], bool]
@@ -43,7 +44,7 @@ class MultiOptimizer(Optimizer):
         filters: Sequence[Filter] = (),
         *,
         clip_norm: float | None = None,
-        nonfinite: str = "allow",
+        nonfinite: Policy = "allow",
     ) -> None:
         self._children = _checked_children(optimizers)
         self._filters = _checked_filters(filters, len(self._children))
@@ -151,7 +152,7 @@ def _checked_children(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
 
 def _checked_filters(filters: Sequence[Filter], children: int) -> tuple[Filter, ...]:
     if isinstance(filters, str):
-        raise ArgumentTypeError(f"filters must be a list of globs and functions, got the text {filters!r}: use [{filters!r}]")
+        raise ArgumentTypeError(f"filters must be a list, got the text {filters!r}: write [{filters!r}]")
     for accepts in filters:
         if not isinstance(accepts, str) and not callable(accepts):
             raise ArgumentTypeError(f"a filter must be a glob or a function (name, parameter) -> bool, got {accepts!r}")

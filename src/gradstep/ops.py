@@ -140,7 +140,7 @@ def _library(args: tuple[Any, ...]) -> ModuleType:
 
 def _as_numpy(x: Any, name: str) -> np.ndarray[Any, Any]:
     if isinstance(x, (np.ndarray, np.floating)):
-        return np.asarray(x)
+        return np.asarray(cast("Any", x))
     if hasattr(x, "detach"):
         return cast("np.ndarray[Any, Any]", x.detach().numpy())
     raise RuleError(f"{name}(x) takes an array, got {x!r} ({type(x).__name__})")

@@ -10,13 +10,11 @@ from typing import Any, Protocol, TypeVar
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
 from gradstep.errors import (
-    ConfigurationError,
     NonFiniteGradientError,
-    OutOfRangeError,
     UnknownParameterError,
 )
 from gradstep.interrupts import InterruptsHeld
-from gradstep.learning_rate import to_float
+from gradstep.options import ClipNorm, NonFinite, Policy
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.report import Report
 from gradstep.state import Holder
@@ -25,7 +23,6 @@ from gradstep.step.plan import Plan, PlannedLeaf, Share
 from gradstep.tree import named_arrays
 
 Params = TypeVar("Params")
-POLICIES = ("allow", "raise", "skip")
 
 
 class Leaf(PlannedLeaf, Holder, Protocol):
@@ -56,13 +53,17 @@ class Leaf(PlannedLeaf, Holder, Protocol):
 class Optimizer(ABC):
     """What every optimizer does: state by name, and steps that happen whole or not at all."""
 
-    def __init__(self, *, clip_norm: float | None, nonfinite: str) -> None:
+    clip_norm: ClipNorm = ClipNorm()
+    nonfinite: NonFinite = NonFinite()
+    _step: int
+    _clip_norm: float | None
+    _nonfinite: Policy
+
+    def __init__(self, *, clip_norm: float | None, nonfinite: Policy) -> None:
         self._lock = threading.RLock()
         self._step = 0
         self._report: Report | None = None
         self._plan: _CachedPlan | None = None
-        self._clip_norm: float | None = None
-        self._nonfinite = "allow"
         self.clip_norm = clip_norm
         self.nonfinite = nonfinite
 
@@ -127,6 +128,7 @@ class Optimizer(ABC):
                 for leaf, state in fresh:
                     leaf.adopt(state)
 
+    @abstractmethod
     def forget_routes(self) -> None:
         """Let filters be asked again."""
 
@@ -173,7 +175,7 @@ class Optimizer(ABC):
             if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
                 if self._nonfinite == "raise":
                     raise NonFiniteGradientError(
-                        f"these gradients hold NaN or infinity: {', '.join(culprits) or 'none, but their norm overflows'}; "
+                        f"these gradients hold NaN or infinity: {', '.join(culprits) or 'none, but the norm is'}; "
                         "nothing was changed. "
                         'Find the cause, or pass nonfinite="skip" to leave such steps out'
                     )
@@ -230,30 +232,6 @@ class Optimizer(ABC):
         return plan, parameters, gradients
 
     @property
-    def clip_norm(self) -> float | None:
-        """The global norm to which gradients are clipped within the step; None for not at all."""
-        return self._clip_norm
-
-    @clip_norm.setter
-    def clip_norm(self, value: float | None) -> None:
-        if value is not None:
-            value = to_float(value, "clip_norm")
-            if not 0 <= value < math.inf:
-                raise OutOfRangeError(f"clip_norm must be None or a finite number >= 0, got {value}")
-        self._clip_norm = value
-
-    @property
-    def nonfinite(self) -> str:
-        """What happens when a gradient holds NaN or infinity: "allow", "raise" or "skip"."""
-        return self._nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
-        if value not in POLICIES:
-            raise ConfigurationError(f"nonfinite must be one of {', '.join(map(repr, POLICIES))}, got {value!r}")
-        self._nonfinite = value
-
-    @property
     def has_options(self) -> bool:
         """Whether `clip_norm` or `nonfinite` differ from their defaults."""
         return self._clip_norm is not None or self._nonfinite != "allow"
@@ -271,10 +249,10 @@ class Optimizer(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         with self.exclusively():
-            return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_plan")}
+            return {name: value for name, value in vars(self).items() if name not in ("_lock", "_plan")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._lock = threading.RLock()
         self._plan = None
 

@@ -29,15 +29,15 @@ def flatten(tree: object, what: str) -> dict[str, object]:
 
 def named_arrays(tree: object, what: str) -> Mapping[str, Any]:
     """`flatten`, without a copy for the common case: a flat dict from string to array."""
-    if type(tree) is dict:
-        flat = cast("dict[str, Any]", tree)
-        kinds = set(map(type, flat.values()))
+    flat = cast("dict[str, Any]", tree)
+    if type(flat) is dict:
+        kinds: set[Any] = set(map(type, flat.values()))
         if set(map(type, flat)) <= {str} and not any(_is_nested(kind) for kind in kinds):
             return flat
     return flatten(tree, what)
 
 
-def _is_nested(kind: type) -> bool:
+def _is_nested(kind: Any) -> bool:
     return kind is type(None) or issubclass(kind, (Mapping, list, tuple)) or hasattr(kind, "named_parameters")
 
 
@@ -55,12 +55,16 @@ def reject_module(tree: object, what: str) -> None:
 
 
 def _collect(
-    tree: Tree, path: tuple[object, ...], what: str, named: dict[str, object], paths: dict[str, tuple[object, ...]]
+    tree: Tree,
+    path: tuple[object, ...],
+    what: str,
+    named: dict[str, object],
+    paths: dict[str, tuple[object, ...]],
 ) -> None:
     entries = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
     for key, value in entries:
-        if isinstance(key, bool) or not isinstance(key, (str, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentTypeError(f"{what}: keys must be strings or integers, got {key!r} at {_spell(path)}")
+        if not isinstance(cast("object", key), (str, int)) or isinstance(key, bool):
+            raise ArgumentTypeError(f"{what}{_spell(path)}: keys must be strings or integers, got {key!r}")
         here = (*path, key)
         if value is None:
             continue
@@ -70,8 +74,8 @@ def _collect(
         reject_module(value, f"{what}{_spell(here)}")
         if isinstance(value, (bool, int, float, complex)):
             raise ArgumentTypeError(
-                f"{what}{_spell(here)} is a plain number ({value!r}), which cannot be updated in place; wrap it, or the "
-                "list that it is in, in an array: np.array(..., dtype=np.float32)"
+                f"{what}{_spell(here)} is a plain number ({value!r}), which cannot be updated in place; "
+                "wrap it, or the list that it is in, in an array: np.array(..., dtype=np.float32)"
             )
         name = ".".join(map(str, here))
         if name in named:

@@ -11,7 +11,7 @@ from gradstep.errors import ArgumentTypeError, DtypeError
 
 Array = np.ndarray[Any, Any]
 
-_borrow = ctypes.c_char.from_buffer
+_borrow: Any = ctypes.c_char.from_buffer
 
 
 class NumPy:
@@ -22,7 +22,7 @@ class NumPy:
     def describe(self, array: Array, what: str) -> Memory:
         """See `ArrayLibrary.describe`."""
         if isinstance(array, np.ma.MaskedArray):
-            raise ArgumentTypeError(f"{what} is a masked array, whose mask a step would ignore; pass .data or .filled()")
+            raise ArgumentTypeError(f"{what} is a masked array, and a step would ignore the mask; pass .filled()")
         if array.dtype.name not in ITEMSIZES or not array.dtype.isnative:
             raise DtypeError(
                 f"{what} has dtype {array.dtype}; expected float32 or float64 in native byte order: "

@@ -1,19 +1,18 @@
 """PyTorch tensors on the CPU. This module is imported only where the caller has imported torch."""
 
 import functools
-import sys
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from gradstep.arrays.memory import ITEMSIZES, Integers, Memory
 from gradstep.arrays.exchange import ExchangeWatch, load_exchange
+from gradstep.arrays.memory import ITEMSIZES, Integers, Memory
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, TracingError
 
-torch: Any = sys.modules["torch"]
-
-_Tensor = torch.Tensor
+torch: Any = importlib.import_module("torch")
+_Tensor: Any = torch.Tensor
 
 
 class Torch:
@@ -79,7 +78,7 @@ class Watched:
         """See `Watch.locate`."""
         if _layouts(arrays) != self._layouts:
             return None
-        return np.array(list(map(_Tensor.data_ptr, arrays)), np.int64)
+        return np.array([array.data_ptr() for array in arrays], np.int64)
 
 
 @functools.cache
@@ -88,12 +87,12 @@ def _exchange() -> int | None:
 
 
 def _layouts(arrays: list[Any]) -> tuple[object, ...]:
-    types = list(map(type, arrays))
+    types: list[Any] = list(map(type, arrays))
     if not all(issubclass(kind, _Tensor) for kind in set(types)):
         return (types,)
     return (
         types,
-        list(map(_Tensor.size, arrays)),
+        [array.shape for array in arrays],
         [array.dtype for array in arrays],
         [array.layout is torch.strided and array.stride() for array in arrays],
         [array.is_cpu for array in arrays],
@@ -102,7 +101,8 @@ def _layouts(arrays: list[Any]) -> tuple[object, ...]:
 
 
 def _any_negated(arrays: list[Any]) -> bool:
-    return any(map(_Tensor.is_neg, arrays))
+    is_neg: Callable[[Any], bool] = _Tensor.is_neg
+    return any(map(is_neg, arrays))
 
 
 def _without_memory(what: str, array: Any) -> str:

@@ -133,13 +133,14 @@ def _compile(ir: str) -> bytes:
 
 @functools.cache
 def _target() -> tuple[Any, Any]:
-    import llvmlite.binding as llvm
+    import llvmlite.binding
 
+    llvm: Any = llvmlite.binding
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
 
     def make() -> Any:
-        target = llvm.Target.from_triple(_triple())
+        target: Any = llvm.Target.from_triple(_triple())
         return target.create_target_machine(cpu=_cpu()[0], features=_cpu()[1], opt=2)
 
     return llvm, make
@@ -160,8 +161,7 @@ def _cpu() -> tuple[str, str]:
 
 
 def _key(module: str) -> str:
-    import llvmlite.binding as llvm
-
+    llvm, _ = _target()
     parts = (module, repr(llvm.llvm_version_info), _triple(), *_cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

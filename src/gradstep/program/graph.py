@@ -188,7 +188,7 @@ class Trace:
             raise RuleError("a comparison may only be the condition of where(condition, x, y)")
         kind = broadcast(arg.kind for arg in lifted)
         if op == "power" and kind is not Kind.HOST:
-            raise RuleError(f"powers of arrays are not exact across libraries; write x * x instead of {lifted[0]!r} ** n")
+            raise RuleError(f"powers of arrays are not exact everywhere; write x * x instead of {lifted[0]!r} ** n")
         return self.add(op, lifted, None, kind, boolean=op in COMPARISONS.values())
 
     def mean(self, x: Symbol, axis: int | None) -> Symbol:

@@ -244,7 +244,8 @@ class _Emitter:
         lanes = self.code.let(f"load {kind}, ptr %lanes{reduction.index}, align 64")
         total = self.code.let(f"extractelement {kind} {lanes}, i64 0")
         for lane in range(1, LANES):
-            total = self.code.let(f"fadd double {total}, " + self.code.let(f"extractelement {kind} {lanes}, i64 {lane}"))
+            value = self.code.let(f"extractelement {kind} {lanes}, i64 {lane}")
+            total = self.code.let(f"fadd double {total}, {value}")
         return total
 
     def _put(self, reduction: Symbol, index: str, value: str) -> None:

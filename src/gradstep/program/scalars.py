@@ -47,8 +47,8 @@ class ScalarExpressions:
         self.outputs = list(outputs)
         self.spelled = [spell(output) for output in outputs]
         symbols = reachable(outputs)
-        self.hyperparameters = [symbol.attribute for symbol in symbols if symbol.op == "hyperparameter"]
-        self.dimensions = [symbol.attribute for symbol in symbols if symbol.op == "dimension"]
+        self.hyperparameters: list[str] = [symbol.attribute for symbol in symbols if symbol.op == "hyperparameter"]
+        self.dimensions: list[int] = [symbol.attribute for symbol in symbols if symbol.op == "dimension"]
         self._checked = [output.attribute != "clip_scale" for output in outputs]
         self._all = self._compile(f"[{', '.join(self.spelled)}]")
 

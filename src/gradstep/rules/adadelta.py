@@ -36,8 +36,8 @@ class AdaDelta(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    rho: Scalar = scalar(0.9, DECAY)
-    eps: Scalar = scalar(1e-6, POSITIVE)
+    rho: Scalar = scalar(default=0.9, check=DECAY)
+    eps: Scalar = scalar(default=1e-6, check=POSITIVE)
 
     @staticmethod
     def rule(w: Any, g: Any, v: Any, u: Any, *, learning_rate: Any, rho: Any, eps: Any) -> Any:

@@ -70,15 +70,15 @@ class Adafactor(RuleOptimizer):
 
     slot_kinds = {"row": Kind.ROW, "col": Kind.COLUMN}  # noqa: RUF012
 
-    learning_rate: OptionalScalar = optional_scalar(None, kw_only=False)
-    eps: Pair = pair((1e-30, 1e-3), ("eps1", "eps2"), (POSITIVE, NON_NEGATIVE))
-    clip_threshold: Scalar = scalar(1.0, POSITIVE)
-    decay_rate: Scalar = scalar(-0.8, NON_POSITIVE)
-    beta_1: OptionalScalar = optional_scalar(None, DECAY)
-    weight_decay: Scalar = scalar(0.0, NON_NEGATIVE, removable=True)
-    scale_parameter: Flag = flag(True)
-    relative_step: OptionalFlag = optional_flag(None)
-    warmup_init: Flag = flag(False)
+    learning_rate: OptionalScalar = optional_scalar(default=None, kw_only=False)
+    eps: Pair = pair(default=(1e-30, 1e-3), symbols=("eps1", "eps2"), checks=(POSITIVE, NON_NEGATIVE))
+    clip_threshold: Scalar = scalar(default=1.0, check=POSITIVE)
+    decay_rate: Scalar = scalar(default=-0.8, check=NON_POSITIVE)
+    beta_1: OptionalScalar = optional_scalar(default=None, check=DECAY)
+    weight_decay: Scalar = scalar(default=0.0, check=NON_NEGATIVE, removable=True)
+    scale_parameter: Flag = flag(default=True)
+    relative_step: OptionalFlag = optional_flag(default=None)
+    warmup_init: Flag = flag(default=False)
 
     @classmethod
     def check_together(cls, given: Mapping[str, Any]) -> None:

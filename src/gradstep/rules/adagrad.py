@@ -33,7 +33,7 @@ class Adagrad(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    eps: Scalar = scalar(1e-8, POSITIVE)
+    eps: Scalar = scalar(default=1e-8, check=POSITIVE)
 
     @staticmethod
     def rule(w: Any, g: Any, v: Any, *, learning_rate: Any, eps: Any) -> Any:

@@ -40,9 +40,9 @@ class Adam(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    betas: Pair = pair((0.9, 0.999), ("beta1", "beta2"), (DECAY, DECAY))
-    eps: Scalar = scalar(1e-8, NON_NEGATIVE)
-    bias_correction: Flag = flag(False)
+    betas: Pair = pair(default=(0.9, 0.999), symbols=("beta1", "beta2"), checks=(DECAY, DECAY))
+    eps: Scalar = scalar(default=1e-8, check=NON_NEGATIVE)
+    bias_correction: Flag = flag(default=False)
 
     @staticmethod
     def rule(
@@ -89,10 +89,10 @@ class AdamW(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    betas: Pair = pair((0.9, 0.999), ("beta1", "beta2"), (DECAY, DECAY))
-    eps: Scalar = scalar(1e-8, NON_NEGATIVE)
-    weight_decay: Scalar = scalar(0.01, NON_NEGATIVE, removable=True)
-    bias_correction: Flag = flag(False)
+    betas: Pair = pair(default=(0.9, 0.999), symbols=("beta1", "beta2"), checks=(DECAY, DECAY))
+    eps: Scalar = scalar(default=1e-8, check=NON_NEGATIVE)
+    weight_decay: Scalar = scalar(default=0.01, check=NON_NEGATIVE, removable=True)
+    bias_correction: Flag = flag(default=False)
 
     @staticmethod
     def rule(

@@ -35,8 +35,8 @@ class Adamax(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    betas: Pair = pair((0.9, 0.999), ("beta1", "beta2"), (DECAY, DECAY))
-    eps: Scalar = scalar(1e-8, NON_NEGATIVE)
+    betas: Pair = pair(default=(0.9, 0.999), symbols=("beta1", "beta2"), checks=(DECAY, DECAY))
+    eps: Scalar = scalar(default=1e-8, check=NON_NEGATIVE)
 
     @staticmethod
     def rule(w: Any, g: Any, m: Any, v: Any, *, learning_rate: Any, betas: Any, eps: Any) -> Any:

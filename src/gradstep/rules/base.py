@@ -33,10 +33,11 @@ from gradstep.hyperparameters import (
     scalar,
 )
 from gradstep.optimizer import Leaf, Optimizer
+from gradstep.options import ClipNorm, NonFinite, clip_norm_option, nonfinite_option
 from gradstep.program.graph import Kind, Trace, trace
 from gradstep.program.program import Program
-from gradstep.step.match import check_parameter, make_slots
 from gradstep.state import StateView
+from gradstep.step.match import check_parameter, make_slots
 from gradstep.step.plan import Share
 
 __all__ = [
@@ -49,9 +50,16 @@ State = tuple[dict[str, dict[str, Any]], dict[str, int], Integers]
 
 
 @dataclass_transform(
-    kw_only_default=True, field_specifiers=(scalar, optional_scalar, pair, flag, optional_flag, count)
-)
-class RuleOptimizer(Optimizer):
+    kw_only_default=True,
+    field_specifiers=(
+        scalar, optional_scalar, pair, flag, optional_flag, count, clip_norm_option, nonfinite_option,
+    ),
+)  # fmt: skip
+class Declarative:
+    """Tells type checkers that annotated fields are the constructor's arguments."""
+
+
+class RuleOptimizer(Declarative, Optimizer):
     """An optimizer defined by its fields and its `rule`.
 
     The rule's positional arguments are `w`, `g` and the slots; its keyword-only ones are the fields, and `t`, the
@@ -59,6 +67,8 @@ class RuleOptimizer(Optimizer):
     the configuration does not keep. Slots have the shape of `w` unless `slot_kinds` says otherwise.
     """
 
+    clip_norm: ClipNorm = clip_norm_option(default=None)
+    nonfinite: NonFinite = nonfinite_option(default="allow")
     rule: ClassVar[Callable[..., object]]
     slot_kinds: ClassVar[Mapping[str, Kind]] = {}
     _fields: ClassVar[dict[str, Field]] = {}
@@ -202,8 +212,11 @@ class RuleOptimizer(Optimizer):
     def route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
         return [(self, list(params))]
 
+    def forget_routes(self) -> None:
+        """There are none."""
+
     def check_options(self) -> None:
-        pass
+        """Alone, all go together."""
 
     def exclusively(self) -> AbstractContextManager[object]:
         return self._lock

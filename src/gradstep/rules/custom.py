@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, overload
 
 from gradstep.errors import RuleError
@@ -60,9 +61,8 @@ def rule(function: Callable[..., Any] | None = None, /, *, static: Iterable[str]
         >>> opt.apply_gradients({"w": np.array([3, -4], np.float32)}, {"w": np.zeros(2, np.float32)})["w"]
         array([-0.5,  0.5], dtype=float32)
     """
-    if function is None:
-        return lambda function: _make(function, frozenset(static))
-    return _make(function, frozenset(static))
+    make = partial(_make, static=frozenset(static))
+    return make if function is None else make(function)
 
 
 def _make(function: Callable[..., Any], static: frozenset[str]) -> type[CustomOptimizer]:
@@ -119,4 +119,4 @@ def _field(owner: str, name: str, default: Any, static: frozenset[str]) -> Field
             f"{owner}: {name}={default!r} is neither a number nor a schedule; "
             f'if it is configuration, declare it: @gs.rule(static=["{name}"])'
         )
-    return Scalar(default, FINITE, kw_only=kw_only, removable=False, optional=False)
+    return Scalar(default, FINITE, kw_only=kw_only, removable=False)

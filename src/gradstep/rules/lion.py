@@ -35,8 +35,8 @@ class Lion(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    betas: Pair = pair((0.9, 0.99), ("beta1", "beta2"), (DECAY, DECAY))
-    weight_decay: Scalar = scalar(0.0, NON_NEGATIVE, removable=True)
+    betas: Pair = pair(default=(0.9, 0.99), symbols=("beta1", "beta2"), checks=(DECAY, DECAY))
+    weight_decay: Scalar = scalar(default=0.0, check=NON_NEGATIVE, removable=True)
 
     @staticmethod
     def rule(w: Any, g: Any, m: Any, *, learning_rate: Any, betas: Any, weight_decay: Any) -> Any:

@@ -43,10 +43,10 @@ class Muon(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    momentum: Scalar = scalar(0.95, DECAY)
-    weight_decay: Scalar = scalar(0.01, NON_NEGATIVE, removable=True)
-    nesterov: Flag = flag(True)
-    ns_steps: Count = count(5)
+    momentum: Scalar = scalar(default=0.95, check=DECAY)
+    weight_decay: Scalar = scalar(default=0.01, check=NON_NEGATIVE, removable=True)
+    nesterov: Flag = flag(default=True)
+    ns_steps: Count = count(default=5)
 
     @staticmethod
     def rule(

@@ -34,8 +34,8 @@ class RMSprop(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    alpha: Scalar = scalar(0.99, DECAY)
-    eps: Scalar = scalar(1e-8, POSITIVE)
+    alpha: Scalar = scalar(default=0.99, check=DECAY)
+    eps: Scalar = scalar(default=1e-8, check=POSITIVE)
 
     @staticmethod
     def rule(w: Any, g: Any, v: Any, *, learning_rate: Any, alpha: Any, eps: Any) -> Any:

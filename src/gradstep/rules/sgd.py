@@ -41,10 +41,10 @@ class SGD(RuleOptimizer):
     """
 
     learning_rate: Scalar = scalar(kw_only=False)
-    momentum: Scalar = scalar(0.0, NON_NEGATIVE, removable=True)
-    weight_decay: Scalar = scalar(0.0, NON_NEGATIVE, removable=True)
-    dampening: Scalar = scalar(0.0, NON_NEGATIVE)
-    nesterov: Flag = flag(False)
+    momentum: Scalar = scalar(default=0.0, check=NON_NEGATIVE, removable=True)
+    weight_decay: Scalar = scalar(default=0.0, check=NON_NEGATIVE, removable=True)
+    dampening: Scalar = scalar(default=0.0, check=NON_NEGATIVE)
+    nesterov: Flag = flag(default=False)
 
     @classmethod
     def check_together(cls, given: Mapping[str, Any]) -> None:

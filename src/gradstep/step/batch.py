@@ -85,7 +85,8 @@ class Batch:
 
     def _make_scalar_table(self) -> None:
         axes = sorted(set(self.program.scalars.dimensions))
-        self._shapes = [{axis: max(match.shape[axis], 1) for axis in axes} for match in self.matches]
+        # An empty parameter has no use for its scalars, but they are computed: no length is 0.
+        self._shapes = [{axis: match.shape[axis] or 1 for axis in axes} for match in self.matches]
         per_tensor = bool(axes) or "t" in self.program.scalars.hyperparameters
         self._scalars: Doubles = np.zeros((len(self.matches) if per_tensor else 1, max(len(self.program.scalars), 1)))
         self._rows: Integers = np.zeros(len(self.matches), np.int64)

@@ -1,6 +1,7 @@
 """Whether memory that a step writes overlaps other memory of the step."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Extents:
             as_array(self._memories[i]._replace(address=int(addresses[i]))) for i in (first, second)
         )  # interleaved views touch each other's range but not each other's elements
         try:
-            return np.shares_memory(one, other, max_work=10_000)
+            return np.shares_memory(one, other, max_work=cast("Any", 10_000))
         except np.exceptions.TooHardError:
             return True
 
