@@ -210,9 +210,7 @@ class Optimizer(ABC):
             return None
         return plan.inspect(gradients)
 
-    def _planned(
-        self, named: Mapping[str, Any], wanted: Mapping[str, Any]
-    ) -> tuple[Plan, list[Any], list[Any]]:
+    def _planned(self, named: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Plan, list[Any], list[Any]]:
         """The plan for these arrays, and the arrays in its order."""
         key = (list(wanted), self._clip_norm is not None, [leaf.epoch for leaf in self.leaves()])
         cached = self._plan

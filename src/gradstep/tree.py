@@ -45,8 +45,7 @@ def reject_module(tree: object, what: str) -> None:
     """Refuse a framework's module, which looks like a tree of parameters but is none."""
     if callable(getattr(tree, "named_parameters", None)):
         raise ArgumentTypeError(
-            f"{what} is a module ({type(tree).__name__}); "
-            "pass its arrays by name: dict(model.named_parameters())"
+            f"{what} is a module ({type(tree).__name__}); pass its arrays by name: dict(model.named_parameters())"
         )
     if callable(getattr(tree, "trainable_parameters", None)):
         raise ArgumentTypeError(

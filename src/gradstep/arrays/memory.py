@@ -51,11 +51,6 @@ def element_strides(memory: Memory) -> tuple[int, ...] | None:
     )
 
 
-def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """The element strides of C order, in the form of `element_strides`."""
-    return strides_in_order(shape, range(len(shape)))
-
-
 def strides_in_order(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
     """The element strides of a dense array whose axes, from slow to fast, are `order`."""
     strides, step = [0] * len(shape), 1

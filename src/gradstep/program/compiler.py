@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 import stat
-import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -196,6 +195,8 @@ def _read(key: str) -> bytes | None:
 
 def _write(key: str, code: bytes) -> None:
     """Keep the object code; a folder that cannot be written, or that others can, is left alone."""
+    import tempfile
+
     folder = cache_folder()
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -219,9 +219,7 @@ class Trace:
             raise RuleError(f"orthogonalize(x) takes an array of at least two dimensions, got {x!r}; ask w.ndim first")
         return self.add("orthogonalize", (x,), steps, Kind.FULL)
 
-    def add(
-        self, op: str, args: tuple[Symbol, ...], attribute: Any, kind: Kind, *, boolean: bool = False
-    ) -> Symbol:
+    def add(self, op: str, args: tuple[Symbol, ...], attribute: Any, kind: Kind, *, boolean: bool = False) -> Symbol:
         """The symbol of this operation, new or known."""
         spelled = repr(attribute)  # tells 0.0 from -0.0 and 1 from 1.0
         key = (op, tuple(arg.index for arg in args), spelled, kind)

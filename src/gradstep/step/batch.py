@@ -140,9 +140,7 @@ class Batch:
                 addresses[i] = match.memory[place].address
                 continue
             copy = match.scratch(match.memory[place].dtype)
-            self.scratch.append(
-                Scratch(place, i, copy, written=place != "g", array=match.slots.get(place))
-            )
+            self.scratch.append(Scratch(place, i, copy, written=place != "g", array=match.slots.get(place)))
             addresses[i] = copy.ctypes.data
         self._place(place, addresses)
 

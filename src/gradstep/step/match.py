@@ -10,7 +10,6 @@ from gradstep.arrays.library import ArrayLibrary
 from gradstep.arrays.memory import (
     Memory,
     axis_order,
-    c_strides,
     element_strides,
     overlaps_itself,
     strides_in_order,
@@ -18,8 +17,6 @@ from gradstep.arrays.memory import (
 from gradstep.errors import AliasedParametersError, ArgumentTypeError, DtypeError, ReadOnlyError, ShapeError
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
-
-DENSE = ("w", "g")
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,6 @@ class Match:
     strides: tuple[int, ...]
     memory: Mapping[str, Memory]
     slots: Mapping[str, Any]
-    new_slots: frozenset[str]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,17 +65,12 @@ def match(
     memory = {"w": check_parameter(library, name, parameter)}
     memory["g"] = library.describe(gradient, f"grads[{name!r}]")
     if memory["g"].shape != memory["w"].shape:
-        raise ShapeError(
-            f"grads[{name!r}] has shape {memory['g'].shape}, but params[{name!r}] has {memory['w'].shape}"
-        )
+        raise ShapeError(f"grads[{name!r}] has shape {memory['g'].shape}, but params[{name!r}] has {memory['w'].shape}")
     found = make_slots(library, name, memory["w"], program, slots)
     for slot, array in found.items():
         memory[slot] = library.describe(array, f"state[{name!r}][{slot!r}]")
-    return Match(
-        name, program, walking_order(memory["w"], program), strides_in_order(
-            memory["w"].shape, walking_order(memory["w"], program)
-        ), memory, found, frozenset(found) - frozenset(slots),
-    )  # fmt: skip
+    order = walking_order(memory["w"], program)
+    return Match(name, program, order, strides_in_order(memory["w"].shape, order), memory, found)
 
 
 def walking_order(memory: Memory, program: Program) -> tuple[int, ...]:
@@ -128,6 +119,3 @@ def _check_slot(library: ArrayLibrary, name: str, slot: str, array: Any, shape: 
         raise ShapeError(f"{what} has shape {memory.shape}, but params[{name!r}] now needs {shape}; {remedy}")
     if memory.dtype != dtype:
         raise DtypeError(f"{what} has dtype {memory.dtype}, but params[{name!r}] now has {dtype}; {remedy}")
-
-
-__all__ = ["DENSE", "Match", "c_strides", "check_parameter", "make_slots", "match", "slot_shape", "walking_order"]

@@ -30,7 +30,6 @@ class PlannedLeaf(Leaf, Protocol):
         """The rows of the ledger in which these parameters' steps are counted."""
         ...
 
-
     def stage(self, share: "Share") -> Any:
         """The state after the step, not yet adopted."""
         ...

@@ -1,0 +1,36 @@
+"""What the numbers were measured on, and how: alternating, in one process, medians."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+
+def describe(*packages: str) -> str:
+    """The processor, how many of them this process may use, and the versions of everything that takes part."""
+    cpus = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    model = cpus[0] if cpus else platform.processor() or platform.machine()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("gradstep", "numpy", "llvmlite", *packages))
+    return f"{model}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, {versions}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def medians(
+    sides: Sequence[Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
+) -> list[float]:
+    """The median time of each side in milliseconds; they take turns, and the first rounds are not counted."""
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(rounds + 3):
+        before()
+        for side, kept in zip(sides, times, strict=True):
+            start = time.perf_counter()
+            side()
+            kept.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(kept[3:]) for kept in times]
