@@ -35,7 +35,8 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
             w' = w * s3 - learning_rate * sign(beta1 * m + s1 * g)
     """
     clipped = opt.clip_norm is not None
-    print("\n\n".join(_explain(leaf.program(ndim, clipped=clipped), ndim, dtype, ir) for leaf in opt.leaves()))
+    leaves = opt._leaves()  # pyright: ignore[reportPrivateUsage]
+    print("\n\n".join(_explain(leaf.program(ndim, clipped=clipped), ndim, dtype, ir) for leaf in leaves))
 
 
 def _explain(program: Program, ndim: int, dtype: str, ir: bool) -> str:

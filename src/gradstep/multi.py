@@ -6,9 +6,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
-from gradstep.optimizer import Leaf, Optimizer
+from gradstep.optimizer import Optimizer
 from gradstep.options import Policy
 from gradstep.state import StateView
+from gradstep.step.leaf import Leaf
 
 Filter = str | Callable[[str, Any], bool]
 
@@ -46,11 +47,16 @@ class MultiOptimizer(Optimizer):
         clip_norm: float | None = None,
         nonfinite: Policy = "allow",
     ) -> None:
-        self._children = _checked_children(optimizers)
+        self._children = self._checked(optimizers)
         self._filters = _checked_filters(filters, len(self._children))
         self._routes: dict[str, int] = {}
+        self._step = 0
         super().__init__(clip_norm=clip_norm, nonfinite=nonfinite)
-        self.check_options()
+        self._check_options()
+
+    @property
+    def step(self) -> int:
+        return self._step
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
@@ -75,25 +81,38 @@ class MultiOptimizer(Optimizer):
 
     @property
     def state(self) -> Mapping[str, Mapping[str, Any]]:
-        return StateView(self.leaves())
+        return StateView(self._leaves())
 
     @property
     def steps(self) -> dict[str, int]:
         return {name: count for child in self._children for name, count in child.steps.items()}
 
-    def coming_rate(self) -> float | None:
-        return self._children[0].coming_rate()
+    def _coming_rate(self) -> float | None:
+        return self._children[0]._coming_rate()
 
-    def leaves(self) -> list[Leaf]:
-        return [leaf for child in self._children for leaf in child.leaves()]
+    def _leaves(self) -> list[Leaf]:
+        return [leaf for child in self._children for leaf in child._leaves()]
 
-    def route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
+    def _route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
         shares: list[dict[str, Any]] = [{} for _ in self._children]
         for name, parameter in params.items():
             if name not in self._routes:
                 self._routes[name] = self._claim(name, parameter)
             shares[self._routes[name]][name] = parameter
-        return [part for child, share in zip(self._children, shares, strict=True) for part in child.route(share)]
+        return [part for child, share in zip(self._children, shares, strict=True) for part in child._route(share)]
+
+    @staticmethod
+    def _checked(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+        children = tuple(optimizers)
+        if not children:
+            raise ConfigurationError("MultiOptimizer needs at least one optimizer")
+        for child in children:
+            if not isinstance(child, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ArgumentTypeError(f"MultiOptimizer's optimizers must be gradstep optimizers, got {child!r}")
+        inner = [leaf for child in children for leaf in child._leaves()]
+        if len({id(leaf) for leaf in inner}) < len(inner) or len({id(child) for child in children}) < len(children):
+            raise ConfigurationError("MultiOptimizer got the same optimizer twice; make one for each filter")
+        return children
 
     def _claim(self, name: str, parameter: Any) -> int:
         for place, accepts in enumerate(self._filters):
@@ -101,53 +120,40 @@ class MultiOptimizer(Optimizer):
                 return place
         return len(self._filters)
 
-    def forget_routes(self) -> None:
+    def _forget_routes(self) -> None:
         self._routes = {}
         for child in self._children:
-            child.forget_routes()
+            child._forget_routes()
 
-    def check_options(self) -> None:
+    def _check_options(self) -> None:
         for child in self._children:
-            if child.has_options:
+            if child._has_options:
                 raise ConfigurationError(
                     f"{child!r} has clip_norm or nonfinite set, but a step of a MultiOptimizer is one step: "
                     "set them on the outermost MultiOptimizer"
                 )
-            child.check_options()
+            child._check_options()
 
-    def exclusively(self) -> AbstractContextManager[object]:
+    def _exclusively(self) -> AbstractContextManager[object]:
         stack = ExitStack()
         try:
             stack.enter_context(self._lock)
             for child in self._children:
-                stack.enter_context(child.exclusively())
+                stack.enter_context(child._exclusively())
         except BaseException:
             stack.close()
             raise
         return stack
 
-    def count_step(self) -> None:
+    def _count_step(self) -> None:
         self._step += 1
         for child in self._children:
-            child.count_step()
+            child._count_step()
 
     def __repr__(self) -> str:
         children = ", ".join(map(repr, self._children))
         filters = f", {list(self._filters)!r}" if self._filters else ""
-        return f"MultiOptimizer([{children}]{filters}{self.spelled_options})"
-
-
-def _checked_children(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
-    children = tuple(optimizers)
-    if not children:
-        raise ConfigurationError("MultiOptimizer needs at least one optimizer")
-    for child in children:
-        if not isinstance(child, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentTypeError(f"MultiOptimizer's optimizers must be gradstep optimizers, got {child!r}")
-    inner = [leaf for child in children for leaf in child.leaves()]
-    if len({id(leaf) for leaf in inner}) < len(inner) or len({id(child) for child in children}) < len(children):
-        raise ConfigurationError("MultiOptimizer got the same optimizer twice; make one for each filter")
-    return children
+        return f"MultiOptimizer([{children}]{filters}{self._spelled_options})"
 
 
 def _checked_filters(filters: Sequence[Filter], children: int) -> tuple[Filter, ...]:

@@ -5,7 +5,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
@@ -17,37 +17,12 @@ from gradstep.interrupts import InterruptsHeld
 from gradstep.options import ClipNorm, NonFinite, Policy
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.report import Report
-from gradstep.state import Holder
 from gradstep.step.inspection import Inspection, clip_scale
-from gradstep.step.plan import Plan, PlannedLeaf, Share
+from gradstep.step.leaf import Leaf
+from gradstep.step.plan import Plan, Share
 from gradstep.tree import named_arrays
 
 Params = TypeVar("Params")
-
-
-class Leaf(PlannedLeaf, Holder, Protocol):
-    """An optimizer with a rule, as the life cycle sees it."""
-
-    @property
-    def epoch(self) -> int:
-        """Changes whenever a plan made before is void."""
-        ...
-
-    def resolve(self) -> None:
-        """Resolve and check the scheduled hyperparameters for the coming step; all stays pending."""
-        ...
-
-    def publish_scalars(self) -> None:
-        """Make the resolved values current."""
-        ...
-
-    def fresh(self, params: Mapping[str, Any]) -> Any:
-        """New state for all these parameters, not yet adopted."""
-        ...
-
-    def adopt(self, state: Any) -> None:
-        """Replace the whole state."""
-        ...
 
 
 class Optimizer(ABC):
@@ -55,42 +30,40 @@ class Optimizer(ABC):
 
     clip_norm: ClipNorm = ClipNorm()
     nonfinite: NonFinite = NonFinite()
-    _step: int
     _clip_norm: float | None
     _nonfinite: Policy
 
     def __init__(self, *, clip_norm: float | None, nonfinite: Policy) -> None:
         self._lock = threading.RLock()
-        self._step = 0
         self._report: Report | None = None
         self._plan: _CachedPlan | None = None
         self.clip_norm = clip_norm
         self.nonfinite = nonfinite
 
     @abstractmethod
-    def leaves(self) -> list[Leaf]:
+    def _leaves(self) -> list[Leaf]:
         """The optimizers with rules, in order; this one itself when it has a rule."""
 
     @abstractmethod
-    def route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
+    def _route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
         """Which leaf takes which parameters; each leaf appears once."""
 
     @abstractmethod
-    def check_options(self) -> None:
+    def _check_options(self) -> None:
         """Raise when the options of this optimizer and its children do not go together."""
 
     @abstractmethod
-    def exclusively(self) -> AbstractContextManager[object]:
+    def _exclusively(self) -> AbstractContextManager[object]:
         """A context that keeps other threads from stepping this optimizer and its children."""
 
     @abstractmethod
-    def count_step(self) -> None:
-        """Advance `step`, for the children too."""
+    def _count_step(self) -> None:
+        """Advance the counters that are not the leaves'."""
 
     @property
+    @abstractmethod
     def step(self) -> int:
         """How many steps have been taken."""
-        return self._step
 
     @property
     def report(self) -> Report | None:
@@ -108,7 +81,7 @@ class Optimizer(ABC):
         """How many steps each parameter has taken."""
 
     @abstractmethod
-    def coming_rate(self) -> float | None:
+    def _coming_rate(self) -> float | None:
         """The learning rate of the coming step, resolved before."""
 
     def init(self, params: object) -> None:
@@ -120,16 +93,16 @@ class Optimizer(ABC):
         Raises:
             GradstepError: a parameter cannot be trained; then nothing has changed.
         """
-        with self.exclusively():
+        with self._exclusively():
             named = named_arrays(params, "params")
-            self.forget_routes()
-            fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self.route(named)]
+            self._forget_routes()
+            fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._route(named)]
             with InterruptsHeld():
                 for leaf, state in fresh:
                     leaf.adopt(state)
 
     @abstractmethod
-    def forget_routes(self) -> None:
+    def _forget_routes(self) -> None:
         """Let filters be asked again."""
 
     def preflight(self) -> None:
@@ -138,15 +111,15 @@ class Optimizer(ABC):
         Raises:
             NonFiniteScalarError, OutOfRangeError: a schedule gave a value that cannot be used; none has changed.
         """
-        with self.exclusively():
+        with self._exclusively():
             self._resolve()
             with InterruptsHeld():
-                for leaf in self.leaves():
-                    leaf.publish_scalars()
+                for leaf in self._leaves():
+                    leaf.settings.publish()
 
     def _resolve(self) -> None:
-        self.check_options()
-        for leaf in self.leaves():
+        self._check_options()
+        for leaf in self._leaves():
             leaf.resolve()
 
     def apply_gradients(self, grads: object, params: Params) -> Params:
@@ -163,7 +136,7 @@ class Optimizer(ABC):
         Raises:
             GradstepError: parameters, slots, counters and resolved rates are then what they were.
         """
-        with self.exclusively():
+        with self._exclusively():
             named = named_arrays(params, "params")
             wanted = named_arrays(grads, "grads")
             self._resolve()
@@ -191,19 +164,19 @@ class Optimizer(ABC):
         return params
 
     def _commit(self, plan: Plan, parameters: Sequence[Any], report: Report) -> None:
-        staged = [(share, share.leaf.stage(share)) for share in plan.shares]
+        staged = [(share, share.stage()) for share in plan.shares]
         written = [*parameters, *plan.written_slots]
         with InterruptsHeld():
             plan.commit(parameters)
             plan.library.wrote(written)
             for share, state in staged:
-                share.leaf.advance(share, state)
-            self.count_step()
+                share.advance(state)
+            self._count_step()
             self._report = report
 
     def _make_report(self, inspection: Inspection | None, culprits: tuple[str, ...], *, applied: bool) -> Report:
         norm = inspection.norm if inspection else None
-        return Report(applied, self._step + applied, self.coming_rate(), norm, culprits)
+        return Report(applied, self.step + applied, self._coming_rate(), norm, culprits)
 
     def _inspect(self, plan: Plan, gradients: Sequence[Any]) -> Inspection | None:
         if self._clip_norm is None and self._nonfinite == "allow":
@@ -212,7 +185,7 @@ class Optimizer(ABC):
 
     def _planned(self, named: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Plan, list[Any], list[Any]]:
         """The plan for these arrays, and the arrays in its order."""
-        key = (list(wanted), self._clip_norm is not None, [leaf.epoch for leaf in self.leaves()])
+        key = (list(wanted), self._clip_norm is not None, [leaf.epoch for leaf in self._leaves()])
         cached = self._plan
         if cached is not None and cached.key == key:
             parameters, gradients = _pick(named, cached.plan.names), [wanted[name] for name in cached.plan.names]
@@ -223,19 +196,19 @@ class Optimizer(ABC):
         self._plan = None  # a plan whose tables are half moved must not be used again
         chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
         library = recognise(params=chosen, grads=wanted)
-        shares = [Share(leaf, names) for leaf, names in self.route(chosen)]
+        shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
         plan = Plan(library, shares, chosen, wanted, clipped=self._clip_norm is not None)
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
         self._plan = _CachedPlan(key, plan, parameters, gradients)
         return plan, parameters, gradients
 
     @property
-    def has_options(self) -> bool:
+    def _has_options(self) -> bool:
         """Whether `clip_norm` or `nonfinite` differ from their defaults."""
         return self._clip_norm is not None or self._nonfinite != "allow"
 
     @property
-    def spelled_options(self) -> str:
+    def _spelled_options(self) -> str:
         """The options that differ from their defaults, as further arguments."""
         clip = "" if self._clip_norm is None else f", clip_norm={self._clip_norm!r}"
         return clip + ("" if self._nonfinite == "allow" else f", nonfinite={self._nonfinite!r}")
@@ -246,7 +219,7 @@ class Optimizer(ABC):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        with self.exclusively():
+        with self._exclusively():
             return {name: value for name, value in vars(self).items() if name not in ("_lock", "_plan")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

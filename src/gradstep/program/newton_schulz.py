@@ -1,7 +1,10 @@
 """The Newton-Schulz iteration that orthogonalizes a matrix, on the array library's own matrix product."""
 
 import sys
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
@@ -17,7 +20,8 @@ class Workspace:
         """An uninitialised array of that shape, with the dtype and library of `like`."""
         key = (name, like.dtype, shape)
         if key not in self._buffers:
-            self._buffers[key] = _library(like).empty(shape, dtype=like.dtype)
+            empty = like.new_empty if hasattr(like, "new_empty") else partial(np.empty, dtype=like.dtype)
+            self._buffers[key] = empty(shape)
         return self._buffers[key]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,28 +14,11 @@ from gradstep.program.kernel import ROWS, KernelSource, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
 from gradstep.program.program import Program, place_of, small_leaves
 from gradstep.step.launch import Doubles, Launch, flat_chunks, matrix_chunks
+from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
 from gradstep.step.small import SmallValues, matrix_statistic, whole_statistic
 
 Array = np.ndarray[Any, Any]
-
-
-class Leaf(Protocol):
-    """An optimizer with a rule, as a batch sees it."""
-
-    @property
-    def step(self) -> int: ...
-    def upcoming_scalars(self) -> dict[str, float]:
-        """The value of each scalar hyperparameter for the step that is being taken."""
-        ...
-
-    def check_rounded(self, dtype: str) -> None:
-        """Check the scalars as the compute dtype holds them."""
-        ...
-
-    def counts(self, rows: Integers) -> Integers:
-        """How many steps the parameters in these rows of the ledger have taken."""
-        ...
 
 
 class Scratch:
@@ -64,7 +47,7 @@ class Batch:
         self._known: object = None
         self._workspace = Workspace()
         self._views: dict[str, list[Any]] = {}
-        self.ledger_rows: Integers = np.zeros(len(matches), np.int64)
+        self._ledger_rows = leaf.reserve([match.name for match in matches])
         self._dimensions = self._measure()
         self._make_scalar_table()
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
@@ -205,7 +188,7 @@ class Batch:
         program = self.program.scalars
         if not program:
             return
-        known = self.leaf.upcoming_scalars()
+        known = self.leaf.scalars()
         known["clip_scale"] = clip_scale
         if len(self._scalars) == 1 and "t" not in program.hyperparameters and not program.dimensions:
             if known != self._known:
@@ -213,7 +196,7 @@ class Batch:
                 self._scalars[0] = program.evaluate(known, {}, self.dtype)
                 self._known = known
             return
-        counts = self.leaf.counts(self.ledger_rows) + 1
+        counts = self.leaf.counts(self._ledger_rows) + 1
         rows: dict[tuple[int, ...], int] = {}
         if not program.dimensions and counts.min() == counts.max():
             rows[int(counts[0]),] = 0

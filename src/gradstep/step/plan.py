@@ -1,53 +1,37 @@
 """A step planned: which arrays run in which batch, checked once and reused while nothing but addresses changes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gradstep.arrays.library import ArrayLibrary
 from gradstep.arrays.memory import Integers, Memory
-from gradstep.program.program import Program
 from gradstep.program.threads import pool
-from gradstep.step.batch import Batch, Leaf, batches
+from gradstep.step.batch import batches
 from gradstep.step.inspection import Inspection, Inspector, global_norm
+from gradstep.step.leaf import Leaf, State
 from gradstep.step.match import Match, match
 from gradstep.step.overlap import Extents
-
-
-class PlannedLeaf(Leaf, Protocol):
-    """An optimizer with a rule, as the plan sees it."""
-
-    def program(self, ndim: int, *, clipped: bool) -> Program:
-        """The program for parameters of that many dimensions."""
-        ...
-
-    def slots_of(self, name: str) -> Mapping[str, Any]:
-        """The slots that a parameter has so far."""
-        ...
-
-    def reserve(self, names: Sequence[str]) -> Integers:
-        """The rows of the ledger in which these parameters' steps are counted."""
-        ...
-
-    def stage(self, share: "Share") -> Any:
-        """The state after the step, not yet adopted."""
-        ...
-
-    def advance(self, share: "Share", staged: Any) -> None:
-        """Adopt the state after the step and publish the scalars."""
-        ...
 
 
 class Share:
     """The gradients that one optimizer takes in this step."""
 
-    def __init__(self, leaf: PlannedLeaf, names: list[str]) -> None:
+    def __init__(self, leaf: Leaf, names: list[str]) -> None:
         self.leaf, self.names = leaf, names
         self.matches: list[Match] = []
-        self.batches: list[Batch] = []
-        self.rows: Integers = np.zeros(0, np.int64)
-        self.published = False  # whether the slots are the optimizer's already
+        self._rows = leaf.reserve(names)
+        self._published = False  # whether the slots are the optimizer's already
+
+    def stage(self) -> State:
+        """The optimizer's state after the step, not yet adopted."""
+        return self.leaf.stage(self._rows, () if self._published else self.matches)
+
+    def advance(self, staged: State) -> None:
+        """Let the optimizer adopt that state."""
+        self.leaf.advance(staged)
+        self._published = True
 
 
 class Plan:
@@ -78,12 +62,7 @@ class Plan:
         parameters, gradients = (_addresses([m.memory[place] for m in self.matches]) for place in ("w", "g"))
         self._check_overlap(parameters, gradients)
         self._addresses: tuple[Integers, Integers] | None = (parameters, gradients)
-        for share in self.shares:
-            share.batches = batches(share.leaf, library, share.matches)
-            share.rows = share.leaf.reserve(share.names)
-            for batch in share.batches:
-                batch.ledger_rows = share.leaf.reserve([m.name for m in batch.matches])
-        self.batches = [batch for share in self.shares for batch in share.batches]
+        self.batches = [batch for share in self.shares for batch in batches(share.leaf, library, share.matches)]
         places = {name: place for place, name in enumerate(self.names)}
         self._members = [np.array([places[m.name] for m in batch.matches], np.int64) for batch in self.batches]
         self._member_lists = [members.tolist() for members in self._members]
