@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, SupportsFloat, TypeAlias, cast, overload
 
 import numpy as np
@@ -345,13 +346,11 @@ def count(*, default: int) -> Any:
 class Settings:
     """All hyperparameters of one optimizer: as given, and as resolved."""
 
-    def __init__(self, owner: str, fields: Mapping[str, Field], given: Mapping[str, object]) -> None:
+    def __init__(self, owner: str, fields: Mapping[str, Field]) -> None:
         self._owner, self._fields = owner, fields
         self.given: dict[str, Any] = {}
         self._cells: dict[str, list[Cell]] = {}
         self._rounded: object = None
-        for name, value in given.items():
-            self._adopt(name, value)
 
     def _adopt(self, name: str, value: object) -> None:
         field = self._fields[name]
@@ -364,7 +363,7 @@ class Settings:
 
     def replaced(self, values: Mapping[str, object], step: int) -> "Settings":
         """A copy with other values for some hyperparameters, resolved now; the rest is shared."""
-        new = Settings(self._owner, self._fields, {})
+        new = Settings(self._owner, self._fields)
         new.given, new._cells = dict(self.given), dict(self._cells)
         for name, value in values.items():
             new._adopt(name, value)
@@ -374,10 +373,14 @@ class Settings:
                 cell.publish()
         return new
 
-    @property
+    @cached_property
     def cells(self) -> list[Cell]:
         """Every scalar."""
         return [cell for cells in self._cells.values() for cell in cells]
+
+    @cached_property
+    def _scheduled(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.source.is_schedule]
 
     def current(self, name: str) -> Any:
         """The value last resolved, or the configuration."""
@@ -392,12 +395,12 @@ class Settings:
 
     def resolve(self, step: int) -> None:
         """Call the schedules for `step`, each at most once; their values stay pending."""
-        for cell in self.cells:
+        for cell in self._scheduled:
             cell.resolve(step)
 
     def publish(self) -> None:
         """Make the pending values current."""
-        for cell in self.cells:
+        for cell in self._scheduled:
             cell.publish()
 
     def check_rounded(self, step: int, dtype: str) -> None:

@@ -15,7 +15,7 @@ class LearningRate:
     """A float, or a schedule `step -> float`.
 
     Args:
-        value: the rate itself, or a function of the number of steps already taken (0 at the first).
+        value: the rate itself, another `LearningRate`, or a function of the steps already taken (0 at the first).
 
     Raises:
         ArgumentTypeError: the value is neither a number nor a function.
@@ -32,7 +32,9 @@ class LearningRate:
 
     value: float | Schedule
 
-    def __init__(self, value: SupportsFloat | Schedule) -> None:
+    def __init__(self, value: "SupportsFloat | Schedule | LearningRate") -> None:
+        if isinstance(value, LearningRate):
+            value = value.value
         self.value = value if callable(value) else to_float(value, "a learning rate")
 
     @property

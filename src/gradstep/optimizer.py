@@ -142,8 +142,7 @@ class Optimizer(ABC):
             self._resolve()
             plan, parameters, gradients = self._planned(named, wanted)
             plan.gather(parameters, gradients)
-            with IeeeArithmetic():
-                inspection = self._inspect(plan, gradients)
+            inspection = self._inspect(plan, gradients)
             culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
             if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
                 if self._nonfinite == "raise":
@@ -181,7 +180,8 @@ class Optimizer(ABC):
     def _inspect(self, plan: Plan, gradients: Sequence[Any]) -> Inspection | None:
         if self._clip_norm is None and self._nonfinite == "allow":
             return None
-        return plan.inspect(gradients)
+        with IeeeArithmetic():
+            return plan.inspect(gradients)
 
     def _planned(self, named: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Plan, list[Any], list[Any]]:
         """The plan for these arrays, and the arrays in its order."""

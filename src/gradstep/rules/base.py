@@ -79,7 +79,7 @@ class RuleOptimizer(Declarative, Optimizer):
         bound.apply_defaults()
         options = {option: bound.arguments.pop(option) for option in ("clip_norm", "nonfinite")}
         super().__init__(**options)
-        self._leaf = Leaf(type(self), Settings(name, self._fields, {}))
+        self._leaf = Leaf(type(self), Settings(name, self._fields))
         self.set_hyperparameters(bound.arguments)
 
     @classmethod

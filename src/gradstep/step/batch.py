@@ -44,10 +44,8 @@ class Batch:
         self._sums: dict[str, list[Array]] = {}
         self._matrices: dict[str, list[Array]] = {}
         self._results: list[tuple[Array, Array]] = []
-        self._known: object = None
         self._workspace = Workspace()
         self._views: dict[str, list[Any]] = {}
-        self._ledger_rows = leaf.reserve([match.name for match in matches])
         self._dimensions = self._measure()
         self._make_scalar_table()
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
@@ -67,12 +65,18 @@ class Batch:
         return [math.prod(match.shape[:-2]) for match in self.matches]
 
     def _make_scalar_table(self) -> None:
-        axes = sorted(set(self.program.scalars.dimensions))
+        program = self.program.scalars
+        axes = sorted(set(program.dimensions))
         # An empty parameter has no use for its scalars, but they are computed: no length is 0.
         self._shapes = [{axis: match.shape[axis] or 1 for axis in axes} for match in self.matches]
-        per_tensor = bool(axes) or "t" in self.program.scalars.hyperparameters
-        self._scalars: Doubles = np.zeros((len(self.matches) if per_tensor else 1, max(len(self.program.scalars), 1)))
+        self._needs_count = "t" in program.hyperparameters
+        self._ledger_rows = self.leaf.reserve([match.name for match in self.matches]).tolist()
+        height = len(self.matches) if self._needs_count or axes else 1
+        self._scalars: Doubles = np.zeros((height, max(len(program), 1)))
         self._rows: Integers = np.zeros(len(self.matches), np.int64)
+        self._row_owners: list[int] = []
+        self._expected_step = -1
+        self._known: object = None
 
     def _launch(self, level: int) -> Launch:
         sweep = self.program.sweeps[level]
@@ -185,30 +189,32 @@ class Batch:
                 np.copyto(self._library.as_numpy(array), scratch.copy)
 
     def _fill_scalars(self, clip_scale: float) -> None:
+        """Compute the scalar expressions, once for all tensors with the same count of steps and shape."""
         program = self.program.scalars
         if not program:
             return
-        known = self.leaf.scalars()
-        known["clip_scale"] = clip_scale
-        if len(self._scalars) == 1 and "t" not in program.hyperparameters and not program.dimensions:
-            if known != self._known:
-                self._known = None  # until the table has been filled
-                self._scalars[0] = program.evaluate(known, {}, self.dtype)
-                self._known = known
+        if self.leaf.step != self._expected_step:  # another plan has taken steps since: counts may have parted
+            self._share_rows()
+        self._expected_step = self.leaf.step + 1
+        known = {**self.leaf.scalars(), "clip_scale": clip_scale}
+        if known == self._known:
             return
-        counts = self.leaf.counts(self._ledger_rows) + 1
+        self._known = None  # until the table has been filled
+        for row, tensor in enumerate(self._row_owners):
+            count = {"t": self.leaf.count(self._ledger_rows[tensor]) + 1}
+            self._scalars[row] = program.evaluate(known | count, self._shapes[tensor], self.dtype)
+        self._known = None if self._needs_count else known
+
+    def _share_rows(self) -> None:
+        """Give one row of scalars to all tensors for which they are equal."""
+        self._known, self._row_owners = None, []
         rows: dict[tuple[int, ...], int] = {}
-        if not program.dimensions and counts.min() == counts.max():
-            rows[int(counts[0]),] = 0
-            self._rows[:] = 0
-        else:
-            for i, (count, shape) in enumerate(zip(counts.tolist(), self._shapes, strict=True)):
-                self._rows[i] = rows.setdefault((count, *shape.values()), len(rows))
-        axes = list(self._shapes[0])
-        for (count, *lengths), row in rows.items():
-            known["t"] = count
-            shape = dict(zip(axes, lengths, strict=True))
-            self._scalars[row] = program.evaluate(known, shape, self.dtype)
+        for tensor, shape in enumerate(self._shapes):
+            count = self.leaf.count(self._ledger_rows[tensor]) if self._needs_count else 0
+            row = rows.setdefault((count, *shape.values()), len(rows))
+            if row == len(self._row_owners):
+                self._row_owners.append(tensor)
+            self._rows[tensor] = row
 
     def _values(self) -> list[SmallValues]:
         """What is known before the first sweep: scalars, and the slots of rows and columns."""

@@ -88,9 +88,9 @@ class Leaf:
             self._counts = np.concatenate([self._counts, np.zeros(missing, np.int64)])
         return np.array([self._ledger[name] for name in names], np.int64)
 
-    def counts(self, rows: Integers) -> Integers:
-        """How many steps the parameters in these rows have taken."""
-        return self._counts[rows]
+    def count(self, row: int) -> int:
+        """How many steps the parameter in this row has taken."""
+        return int(self._counts[row])
 
     def fresh(self, params: Mapping[str, Any]) -> State:
         """Zero slots for all these parameters, and counts at 0; not yet adopted."""

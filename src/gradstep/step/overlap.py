@@ -1,35 +1,54 @@
 """Whether memory that a step writes overlaps other memory of the step."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
 from gradstep.arrays.memory import Integers, Memory, as_array
 from gradstep.errors import AliasedParametersError
 
+Places: TypeAlias = Mapping[str, Memory]
+
 
 class Extents:
     """The byte ranges of parameters, gradients and slots, and the question whether written ones touch others."""
 
-    def __init__(self, names: Sequence[str], memories: Sequence[Memory], written: Sequence[bool]) -> None:
-        self._names, self._memories = list(names), list(memories)
-        bounds = np.array([memory.bounds for memory in memories], np.int64).reshape(-1, 2)
-        starts = np.array([memory.address for memory in memories], np.int64)
-        self._low, self._high = bounds[:, 0] - starts, bounds[:, 1] - starts
-        self._written = np.array(written, bool)
+    def __init__(self, parameters: Places, gradients: Places, slots: Places) -> None:
+        self._names = [*parameters, *gradients, *slots]
+        self._memories = [memory for places in (parameters, gradients, slots) for memory in places.values()]
+        bounds = np.array([memory.bounds for memory in self._memories], np.int64).reshape(-1, 2)
+        addresses = np.array([memory.address for memory in self._memories], np.int64)
+        self._low, self._high = bounds[:, 0] - addresses, bounds[:, 1] - addresses
+        self._read = slice(len(parameters), len(parameters) + len(gradients))
+        self._written = np.ones(len(self._names), bool)
+        self._written[self._read] = False
+        self._slots = addresses[self._read.stop :]
+        self._occupied: tuple[Integers, Integers] | None = None
 
-    def check(self, addresses: Integers) -> None:
+    def check(self, parameters: Integers, gradients: Integers) -> None:
         """Raise `AliasedParametersError` if anything written overlaps anything else, at these addresses."""
+        self._occupied = None
+        addresses = np.concatenate([parameters, gradients, self._slots])
         low, high = addresses + self._low, addresses + self._high
         kept = np.flatnonzero(high > low)
         order = kept[np.argsort(low[kept], kind="stable")]
-        if len(order) < 2:
-            return
         reach = np.maximum.accumulate(high[order])
         suspects = np.flatnonzero(low[order[1:]] < reach[:-1]) + 1
         if len(suspects):
             self._check_closely(order, suspects, low, high, addresses)
+        else:
+            written = order[self._written[order]]
+            self._occupied = np.append(low[written], np.iinfo(np.int64).max), high[written]
+
+    def check_gradients(self, parameters: Integers, gradients: Integers) -> None:
+        """The same when only gradients have moved since the last check."""
+        if self._occupied is not None:
+            starts, ends = self._occupied
+            following = starts[np.searchsorted(ends, gradients + self._low[self._read], side="right")]
+            if not (following < gradients + self._high[self._read]).any():
+                return
+        self.check(parameters, gradients)
 
     def _check_closely(
         self, order: Integers, suspects: Integers, low: Integers, high: Integers, addresses: Integers

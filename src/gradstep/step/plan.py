@@ -58,9 +58,9 @@ class Plan:
                 for name in share.names
             ]  # fmt: skip
         self.matches = [match for share in self.shares for match in share.matches]
-        self._extents, self._slot_addresses = self._survey()
+        self._extents = self._survey()
         parameters, gradients = (_addresses([m.memory[place] for m in self.matches]) for place in ("w", "g"))
-        self._check_overlap(parameters, gradients)
+        self._extents.check(parameters, gradients)
         self._addresses: tuple[Integers, Integers] | None = (parameters, gradients)
         self.batches = [batch for share in self.shares for batch in batches(share.leaf, library, share.matches)]
         places = {name: place for place, name in enumerate(self.names)}
@@ -69,29 +69,29 @@ class Plan:
         self._inspectors: list[Inspector] | None = None
         self.written_slots = [array for m in self.matches for array in m.slots.values()]
 
-    def _survey(self) -> tuple[Extents, Integers]:
-        slots = [(match.name, slot, match.memory[slot]) for match in self.matches for slot in match.slots]
-        names = [f"{tree}[{name!r}]" for tree in ("params", "grads") for name in self.names]
-        names += [f"state[{name!r}][{slot!r}]" for name, slot, _ in slots]
-        memories = [match.memory[place] for place in ("w", "g") for match in self.matches]
-        memories += [memory for _, _, memory in slots]
-        count = len(self.matches)
-        written = [True] * count + [False] * count + [True] * len(slots)
-        return Extents(names, memories, written), _addresses([memory for _, _, memory in slots])
-
-    def _check_overlap(self, parameters: Integers, gradients: Integers) -> None:
-        self._extents.check(np.concatenate([parameters, gradients, self._slot_addresses]))
+    def _survey(self) -> Extents:
+        parameters, gradients = (
+            {f"{tree}[{match.name!r}]": match.memory[place] for match in self.matches}
+            for tree, place in (("params", "w"), ("grads", "g"))
+        )
+        slots = {f"state[{m.name!r}][{slot!r}]": m.memory[slot] for m in self.matches for slot in m.slots}
+        return Extents(parameters, gradients, slots)
 
     def move(self, parameters: Integers, gradients: Integers) -> None:
         """The arrays may lie elsewhere now: then check for overlap again and change the tables."""
         old = self._addresses
-        if old is not None and np.array_equal(parameters, old[0]) and np.array_equal(gradients, old[1]):
+        stayed = old is not None and bool((parameters == old[0]).all())
+        if old is not None and stayed and bool((gradients == old[1]).all()):
             return
-        self._check_overlap(parameters, gradients)
         self._addresses = None  # until every table has been changed
+        if stayed:
+            self._extents.check_gradients(parameters, gradients)
+        else:
+            self._extents.check(parameters, gradients)
         for place, addresses in (("w", parameters), ("g", gradients)):
-            for batch, members in zip(self.batches, self._members, strict=True):
-                batch.move(place, addresses[members])
+            if place == "g" or not stayed:
+                for batch, members in zip(self.batches, self._members, strict=True):
+                    batch.move(place, addresses[members])
         self._addresses = (parameters, gradients)
 
     def gather(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
