@@ -7,7 +7,7 @@ from gradstep.program.compiler import module_ir
 from gradstep.program.formulas import spell
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import emit
-from gradstep.program.program import Program, Sweep, is_leaf, is_unchanged, place_of
+from gradstep.program.program import Program, Sweep, is_leaf, place_of
 from gradstep.program.values import BYTES
 
 
@@ -70,9 +70,8 @@ class _Text:
         self._program = program
         self._names: dict[int, str] = {}
         self._counts: Counter[str] = Counter()
-        self._new = {
-            value.index: f"{place}'" for place, value in program.outputs.items() if not is_unchanged(place, value)
-        }
+        self._new = {value.index: f"{place}'" for place, value in program.outputs.items() if not is_leaf(value)}
+        self._new |= {value.index: f"{slot}'" for slot, value in program.small_outputs.items()}
 
     def scalars(self, dtype: str) -> list[str]:
         """The expressions of the host; a bare hyperparameter keeps its own name."""
@@ -98,6 +97,10 @@ class _Text:
                 lines.append(self._line(symbol, f"{stored[symbol.index].partition(':')[0]}_input"))
             elif uses[symbol.index] > 1:
                 lines.append(self._line(symbol, self._fresh("x")))
+        for store in sweep.stores:  # what is an array already, or goes to two places
+            named = self._names.get(store.value.index)
+            if store.place in self._program.outputs and named != f"{store.place}'":
+                lines.append(f"    {store.place}' = {spell(store.value, self._names)}")
         for reduction in sweep.reductions:
             lines.append(self._line(reduction, self._fresh(reduction.op)))
         return lines

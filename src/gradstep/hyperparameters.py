@@ -307,6 +307,12 @@ class Count(Field):
 class Static(Field):
     """Any configuration of a user's rule: booleans, strings, None, or what was declared static."""
 
+    def __get__(self, instance: Owner | None, owner: type) -> Any:
+        return self if instance is None else instance.get_hyperparameter(self.name)
+
+    def __set__(self, instance: Owner, value: object) -> None:
+        instance.set_hyperparameters({self.name: value})
+
 
 # Type checkers read `default=` and `kw_only=` from the calls: always pass them by name.
 

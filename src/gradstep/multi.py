@@ -1,12 +1,12 @@
 """Several optimizers as one: each takes the parameters that its filter claims."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
-from gradstep.optimizer import Optimizer
+from gradstep.optimizer import Optimizer, Result
 from gradstep.options import Policy
 from gradstep.state import StateView
 from gradstep.step.leaf import Leaf
@@ -134,16 +134,12 @@ class MultiOptimizer(Optimizer):
                 )
             child._check_options()
 
-    def _exclusively(self) -> AbstractContextManager[object]:
-        stack = ExitStack()
-        try:
-            stack.enter_context(self._lock)
-            for child in self._children:
-                stack.enter_context(child._exclusively())
-        except BaseException:
-            stack.close()
-            raise
-        return stack
+    def _exclusively(self, body: Callable[[], Result]) -> Result:
+        # One `with` on a lock inside the other: an interrupt between them leaves none behind.
+        for child in self._children:
+            body = partial(child._exclusively, body)
+        with self._lock:
+            return body()
 
     def _count_step(self) -> None:
         self._step += 1

@@ -3,8 +3,7 @@
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gradstep.arrays.library import recognise
@@ -23,6 +22,7 @@ from gradstep.step.plan import Plan, Share
 from gradstep.tree import named_arrays
 
 Params = TypeVar("Params")
+Result = TypeVar("Result")
 
 
 class Optimizer(ABC):
@@ -53,8 +53,8 @@ class Optimizer(ABC):
         """Raise when the options of this optimizer and its children do not go together."""
 
     @abstractmethod
-    def _exclusively(self) -> AbstractContextManager[object]:
-        """A context that keeps other threads from stepping this optimizer and its children."""
+    def _exclusively(self, body: Callable[[], Result]) -> Result:
+        """Call `body` while other threads are kept from stepping this optimizer and its children."""
 
     @abstractmethod
     def _count_step(self) -> None:
@@ -93,13 +93,15 @@ class Optimizer(ABC):
         Raises:
             GradstepError: a parameter cannot be trained; then nothing has changed.
         """
-        with self._exclusively():
-            named = named_arrays(params, "params")
-            self._forget_routes()
-            fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._route(named)]
-            with InterruptsHeld():
-                for leaf, state in fresh:
-                    leaf.adopt(state)
+        self._exclusively(lambda: self._init(params))
+
+    def _init(self, params: object) -> None:
+        named = named_arrays(params, "params")
+        self._forget_routes()
+        fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._route(named)]
+        with InterruptsHeld():
+            for leaf, state in fresh:
+                leaf.adopt(state)
 
     @abstractmethod
     def _forget_routes(self) -> None:
@@ -111,11 +113,13 @@ class Optimizer(ABC):
         Raises:
             NonFiniteScalarError, OutOfRangeError: a schedule gave a value that cannot be used; none has changed.
         """
-        with self._exclusively():
-            self._resolve()
-            with InterruptsHeld():
-                for leaf in self._leaves():
-                    leaf.settings.publish()
+        self._exclusively(self._preflight)
+
+    def _preflight(self) -> None:
+        self._resolve()
+        with InterruptsHeld():
+            for leaf in self._leaves():
+                leaf.settings.publish()
 
     def _resolve(self) -> None:
         self._check_options()
@@ -136,31 +140,33 @@ class Optimizer(ABC):
         Raises:
             GradstepError: parameters, slots, counters and resolved rates are then what they were.
         """
-        with self._exclusively():
-            named = named_arrays(params, "params")
-            wanted = named_arrays(grads, "grads")
-            self._resolve()
-            plan, parameters, gradients = self._planned(named, wanted)
-            plan.gather(parameters, gradients)
-            inspection = self._inspect(plan, gradients)
-            culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
-            if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
-                if self._nonfinite == "raise":
-                    raise NonFiniteGradientError(
-                        f"these gradients hold NaN or infinity: {', '.join(culprits) or 'none, but the norm is'}; "
-                        "nothing was changed. "
-                        'Find the cause, or pass nonfinite="skip" to leave such steps out'
-                    )
-                self._report = self._make_report(inspection, culprits, applied=False)
-                return params
-            scale = 1.0
-            if inspection and self._clip_norm is not None:
-                scale = clip_scale(inspection.norm, self._clip_norm)
-            with IeeeArithmetic():
-                plan.prepare(scale)
-            report = self._make_report(inspection, culprits, applied=True)
-            self._commit(plan, parameters, report)
+        self._exclusively(lambda: self._take_step(grads, params))
         return params
+
+    def _take_step(self, grads: object, params: object) -> None:
+        named = named_arrays(params, "params")
+        wanted = named_arrays(grads, "grads")
+        self._resolve()
+        plan, parameters, gradients = self._planned(named, wanted)
+        plan.gather(parameters, gradients)
+        inspection = self._inspect(plan, gradients)
+        culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
+        if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
+            if self._nonfinite == "raise":
+                found = f"hold NaN or infinity: {', '.join(culprits)}" if culprits else "have an infinite norm"
+                raise NonFiniteGradientError(
+                    f"these gradients {found}; nothing was changed. "
+                    'Find the cause, or pass nonfinite="skip" to leave such steps out'
+                )
+            self._report = self._make_report(inspection, culprits, applied=False)
+            return
+        scale = 1.0
+        if inspection and self._clip_norm is not None:
+            scale = clip_scale(inspection.norm, self._clip_norm)
+        with IeeeArithmetic():
+            plan.prepare(scale)
+        report = self._make_report(inspection, culprits, applied=True)
+        self._commit(plan, parameters, report)
 
     def _commit(self, plan: Plan, parameters: Sequence[Any], report: Report) -> None:
         staged = [(share, share.stage()) for share in plan.shares]
@@ -219,8 +225,8 @@ class Optimizer(ABC):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._exclusively():
-            return {name: value for name, value in vars(self).items() if name not in ("_lock", "_plan")}
+        kept = vars(self).keys() - {"_lock", "_plan"}
+        return self._exclusively(lambda: {name: vars(self)[name] for name in kept})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from gradstep.program.graph import COMPARISONS, Symbol
 
-SHAPE = "shape"  # the parameter's
 INFIX = {name: (sign, 0) for sign, name in COMPARISONS.items()} | {
     "add": ("+", 1), "subtract": ("-", 1), "multiply": ("*", 2), "divide": ("/", 2), "power": ("**", 4),
 }  # fmt: skip
@@ -22,7 +21,7 @@ def _spell(symbol: Symbol, names: Mapping[int, str]) -> tuple[str, int]:
     if symbol.op in ("array", "hyperparameter"):
         return symbol.attribute, 9
     if symbol.op == "dimension":
-        return f"{SHAPE}[{symbol.attribute}]", 9
+        return f"w.shape[{symbol.attribute}]", 9
     if symbol.op == "constant":
         return _spell_number(symbol.attribute)
     if symbol.op in INFIX:

@@ -156,9 +156,10 @@ class Symbol:
         )
 
     def __repr__(self) -> str:
-        if self.op in ("array", "hyperparameter"):
-            return f"<symbol {self.attribute}>"
-        return f"<symbol {self.op}({', '.join(repr(arg)[8:-1] for arg in self.args)})>"[:200]
+        from gradstep.program.formulas import spell
+
+        text = spell(self)
+        return f"<symbol {text if len(text) < 100 else f'{text[:97]}…'}>"
 
 
 class Trace:
@@ -259,7 +260,10 @@ def trace(
     if clipped:
         g = g * this.hyperparameter("clip_scale")
     old = {slot: this.array(slot, kind) for slot, kind in slots.items()}
-    result = rule(w, g, *old.values(), **arguments(this))
+    try:
+        result = rule(w, g, *old.values(), **arguments(this))
+    except RuleError as error:
+        raise RuleError(f"{name}: {error}").with_traceback(error.__traceback__) from None
     values: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)  # pyright: ignore[reportUnknownVariableType]
     expected = ("w", *slots)
     if len(values) != len(expected):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gradstep.errors import NonFiniteScalarError
-from gradstep.program.formulas import SHAPE, spell
+from gradstep.program.formulas import spell
 from gradstep.program.graph import Symbol, reachable
 
 
@@ -49,8 +49,12 @@ class ScalarExpressions:
         symbols = reachable(outputs)
         self.hyperparameters: list[str] = [symbol.attribute for symbol in symbols if symbol.op == "hyperparameter"]
         self.dimensions: list[int] = [symbol.attribute for symbol in symbols if symbol.op == "dimension"]
+        # Private names: a hyperparameter may be called like a function.
+        private = {s.index: f"_{i}" for i, s in enumerate(s for s in symbols if s.op == "hyperparameter")}
+        private |= {s.index: f"_shape[{s.attribute}]" for s in symbols if s.op == "dimension"}
+        self._texts = [spell(output, private) for output in outputs]
         self._checked = [output.attribute != "clip_scale" for output in outputs]
-        self._all = self._compile(f"[{', '.join(self.spelled)}]")
+        self._all = self._compile(f"[{', '.join(self._texts)}]")
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -73,12 +77,12 @@ class ScalarExpressions:
         return results
 
     def _compile(self, expression: str) -> Callable[..., Any]:
-        # The text comes from `spell`: operators, the names in FUNCTIONS, and the rule's own argument names.
-        arguments = ", ".join([SHAPE, *self.hyperparameters])
+        # The text comes from `spell`: operators, numbers, the names in FUNCTIONS, and private names.
+        arguments = ", ".join(["_shape", *(f"_{i}" for i in range(len(self.hyperparameters)))])
         return eval(f"lambda {arguments}: {expression}", {**FUNCTIONS, "inf": math.inf, "nan": math.nan})
 
     def _find_undefined(self, known: Mapping[str, float], shape: Mapping[int, int], arguments: list[float]) -> None:
-        for place, expression in enumerate(self.spelled):
+        for place, expression in enumerate(self._texts):
             try:
                 self._compile(expression)(shape, *arguments)
             except (ArithmeticError, ValueError) as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from gradstep.errors import ArgumentTypeError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
 
-WORTH_THREADS = 1 << 19  # elements; below, waking a thread takes longer than it saves
+WORTH_THREADS = 3 << 17  # elements; below, waking a thread takes longer than it saves
 
 
 def available_threads() -> int:
@@ -84,20 +84,26 @@ class Pool:
 
     def run(self, function: Callable[[int], object], job: int, elements: int) -> None:
         """Call `function(job)` on every thread that is worth it, and return when all are done."""
-        if elements < WORTH_THREADS or self.threads == 1 or not self._busy.acquire(blocking=False):
+        if elements < WORTH_THREADS or self.threads == 1:
             function(job)
             return
-        try:
-            # The workers use the caller's memory: an interrupt must not make the caller leave before them.
-            with InterruptsHeld():
-                self._resize(self.threads - 1)
-                for worker in self._workers:
-                    worker.start(function, job)
+        # The workers use the caller's memory: an interrupt must not make the caller leave before them.
+        with InterruptsHeld():
+            if self._busy.acquire(blocking=False):
+                try:
+                    self._run_together(function, job)
+                finally:
+                    self._busy.release()
+            else:
                 function(job)
-                for worker in self._workers:
-                    worker.wait()
-        finally:
-            self._busy.release()
+
+    def _run_together(self, function: Callable[[int], object], job: int) -> None:
+        self._resize(self.threads - 1)
+        for worker in self._workers:
+            worker.start(function, job)
+        function(job)
+        for worker in self._workers:
+            worker.wait()
 
     def _resize(self, count: int) -> None:
         while len(self._workers) > count:

@@ -1,11 +1,13 @@
 """LLVM IR for the operations of a sweep on one element, or on a vector of consecutive elements."""
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from itertools import count
 
 import numpy as np
 
+from gradstep.errors import NonFiniteScalarError
 from gradstep.program.graph import Kind, Symbol
 
 TYPES = {"float32": "float", "float64": "double"}
@@ -125,5 +127,7 @@ def literal(value: float, dtype: str, lanes: int) -> str:
     """A number as LLVM writes it: the bits of the double that equals it, after rounding to the dtype."""
     with np.errstate(over="ignore"):
         rounded = float(np.dtype(dtype).type(value))
+    if math.isinf(rounded) and not math.isinf(value):
+        raise NonFiniteScalarError(f"the number {value!r} in the rule is not finite in {dtype}")
     bits = f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
     return bits if lanes == 1 else f"<{', '.join([f'{TYPES[dtype]} {bits}'] * lanes)}>"

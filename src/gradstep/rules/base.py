@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar, dataclass_transform
 
 from gradstep.errors import ArgumentTypeError
@@ -28,7 +27,7 @@ from gradstep.hyperparameters import (
     pair,
     scalar,
 )
-from gradstep.optimizer import Optimizer
+from gradstep.optimizer import Optimizer, Result
 from gradstep.options import ClipNorm, NonFinite, clip_norm_option, nonfinite_option
 from gradstep.program.graph import Kind
 from gradstep.state import StateView
@@ -131,8 +130,9 @@ class RuleOptimizer(Declarative, Optimizer):
     def _check_options(self) -> None:
         """Alone, all go together."""
 
-    def _exclusively(self) -> AbstractContextManager[object]:
-        return self._lock
+    def _exclusively(self, body: Callable[[], Result]) -> Result:
+        with self._lock:
+            return body()
 
     def _count_step(self) -> None:
         """The leaf counts."""

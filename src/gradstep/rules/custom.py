@@ -7,13 +7,9 @@ from typing import Any, overload
 
 from gradstep.errors import RuleError
 from gradstep.hyperparameters import FINITE, REQUIRED, Field, Scalar, Static
-from gradstep.optimizer import Optimizer
 from gradstep.rules.base import RuleOptimizer
 
-RESERVED = frozenset(
-    {"t", "w", "g", "clip_scale", "clip_norm", "nonfinite", *(n for n in dir(RuleOptimizer) if not n.startswith("__"))}
-    - {"learning_rate"}
-) | frozenset(dir(Optimizer))
+RESERVED = frozenset({"t", "w", "g", "rule", "clip_scale", "optimizers", *dir(RuleOptimizer)})
 
 
 class CustomOptimizer(RuleOptimizer):
@@ -26,6 +22,7 @@ class CustomOptimizer(RuleOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._leaf.program(2, clipped=False)  # an error in the rule's body belongs here, not into the first step
 
 
 @overload
@@ -61,6 +58,10 @@ def rule(function: Callable[..., Any] | None = None, /, *, static: Iterable[str]
         >>> opt.apply_gradients({"w": np.array([3, -4], np.float32)}, {"w": np.zeros(2, np.float32)})["w"]
         array([-0.5,  0.5], dtype=float32)
     """
+    if isinstance(static, str):
+        raise RuleError(f'static must be a list of names, got the text {static!r}: write static=["{static}"]')
+    if function is not None and not callable(function):
+        raise RuleError(f"@gs.rule takes a function, got {function!r}")
     make = partial(_make, static=frozenset(static))
     return make if function is None else make(function)
 
@@ -102,9 +103,11 @@ def _check_signature(
             raise RuleError(f"{name}: {star}{key} hides what the rule needs; name every slot and hyperparameter")
         if key in positional and parameter.default is not parameter.empty:
             raise RuleError(f"{name}: the slot {key} cannot have a default: slots start at zero; put * before {key}")
-    taken = [key for key in (*positional[2:], *keywords) if key in RESERVED or key.startswith("_")]
-    if taken:
-        raise RuleError(f"{name}: {', '.join(taken)} are reserved names of optimizers; rename them")
+    if "learning_rate" in positional:
+        raise RuleError(f"{name}: learning_rate stands among the slots; put * before it")
+    for key in (*positional[2:], *keywords):
+        if key in RESERVED or key.startswith("_"):
+            raise RuleError(f"{name}: {key} is a reserved name of optimizers; rename it")
     unknown = static - keywords.keys()
     if unknown:
         raise RuleError(f"{name}: static names {sorted(unknown)}, but the hyperparameters are {sorted(keywords)}")
