@@ -180,6 +180,7 @@ class Batch:
 
     def commit(self, parameters: Sequence[Any]) -> None:
         """Write parameters and slots. Nothing in here can fail."""
+        self._expected_step = self.leaf.step + 1
         self._launches[-1].run()
         for target, value in self._results:
             np.copyto(target, value)
@@ -193,9 +194,8 @@ class Batch:
         program = self.program.scalars
         if not program:
             return
-        if self.leaf.step != self._expected_step:  # another plan has taken steps since: counts may have parted
+        if self.leaf.step != self._expected_step:  # not the step after this plan's last: counts may have parted
             self._share_rows()
-        self._expected_step = self.leaf.step + 1
         known = {**self.leaf.scalars(), "clip_scale": clip_scale}
         if known == self._known:
             return

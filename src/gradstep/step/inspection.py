@@ -67,10 +67,14 @@ def global_norm(sums: Sequence[float], arrays: Sequence[np.ndarray[Any, Any]], *
     largest = max((float(np.max(np.abs(array), initial=0.0)) for array in arrays), default=0.0)
     if largest == 0 or not math.isfinite(largest):
         return largest
-    scale = 2.0 ** math.frexp(largest)[1]
+    exponent = math.frexp(largest)[1]
     with np.errstate(under="ignore"):
-        parts = [float(np.sum(np.square(array / scale, dtype=np.float64))) for array in arrays]
-    return math.sqrt(math.fsum(parts)) * scale
+        scaled = (np.ldexp(array.astype(np.float64), -exponent) for array in arrays)
+        total = math.fsum(float(np.sum(np.square(array))) for array in scaled)
+    try:
+        return math.ldexp(math.sqrt(total), exponent)
+    except OverflowError:
+        return math.inf
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
