@@ -73,8 +73,8 @@ def _collect(
         reject_module(value, f"{what}{_spell(here)}")
         if isinstance(value, (bool, int, float, complex)):
             raise ArgumentTypeError(
-                f"{what}{_spell(here)} is a plain number ({value!r}), which cannot be updated in place; "
-                "wrap it, or the list that it is in, in an array: np.array(..., dtype=np.float32)"
+                f"{what}{_spell(here)} is a plain number ({value!r}), not an array; "
+                "wrap it, or the list that it is in: np.array(..., dtype=np.float32)"
             )
         name = ".".join(map(str, here))
         if name in named:

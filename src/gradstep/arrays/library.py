@@ -86,7 +86,7 @@ def _came(value: object) -> str:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     remedy = ""
     if isinstance(value, (bool, int, float, complex, np.generic)):
-        remedy = ", a plain number, which cannot be updated in place: wrap it in np.array(..., dtype=np.float32)"
+        remedy = ", a plain number, not an array: wrap it in np.array(..., dtype=np.float32)"
     return f"a {kind}{remedy}"
 
 

@@ -2,16 +2,16 @@
 
 import sys
 
-from gradstep.cli.complaint import needs_extra
+from gradstep.cli.complaint import Complaint, require
 
 
 def main() -> None:
     """Run the command line. What it needs is imported only here: `import gradstep` needs none of it."""
     try:
-        from gradstep.cli.app import run
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("gradstep"):
-            raise
-        print(f"error: {needs_extra('The command line', 'race', error)}", file=sys.stderr)
+        require("The command line", "race", "typer")
+    except Complaint as complaint:
+        print(f"error: {complaint}", file=sys.stderr)
         sys.exit(2)
+    from gradstep.cli.app import run
+
     sys.exit(run())

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import gradstep
-from gradstep.cli.complaint import Complaint
+from gradstep.cli.complaint import Complaint, require
 from gradstep.cli.race import SEEDS, STEPS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -62,13 +62,18 @@ def race(
             help="Learning rates for everyone (default: 0.1 to 10 times each optimizer's usual rate).",
         ),
     ] = None,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="How often each pair of optimizer and rate runs.")
-    ] = SEEDS,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each pair of optimizer and rate runs.")] = SEEDS,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = STEPS,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where race.json and race.png go.")] = Path(),
 ) -> None:
-    """Find out which optimizer, at which learning rate, suits a problem."""
+    """Find out which optimizer, at which learning rate, suits a problem.
+
+    A task of your own is an object with init(seed) -> params, loss_and_grads(params, step, rng) -> (loss, grads)
+    and, if it likes, evaluate(params) -> {name: value}; params are arrays by name, NumPy's or PyTorch's.
+
+    The results are a table, race.json and race.png. Ctrl-C ends the race early and keeps what is finished.
+    """
+    require("gradstep race", "race", "rich", "matplotlib")
     from gradstep.cli.race.command import Options, run_race
 
     raise typer.Exit(run_race(Options(task, optimizers, rates, seeds, steps, output)))

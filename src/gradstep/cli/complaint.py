@@ -1,21 +1,26 @@
 """What a command says, in place of a traceback, when it cannot go on."""
 
+import importlib.util
 import traceback
 from pathlib import Path
 
 OUR_PACKAGE = Path(__file__).resolve().parents[1]
 
 
-class Complaint(Exception):
+class Complaint(Exception):  # noqa: N818 (it is caught once, by the command, and printed)
     """One readable message for the person at the terminal; the command ends with exit code 2."""
 
 
-def needs_extra(what: str, extra: str, error: ModuleNotFoundError) -> Complaint:
+def needs_extra(what: str, extra: str, package: str) -> Complaint:
     """The complaint that a package of an optional extra is not installed."""
-    package = (error.name or "").partition(".")[0]
-    return Complaint(
-        f'{what} needs the package {package}, which is not installed: pip install "gradstep[{extra}]"'
-    )
+    return Complaint(f'{what} needs the package {package}, which is not installed: pip install "gradstep[{extra}]"')
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """Complain about the first of these packages that is not installed; none is imported."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise needs_extra(what, extra, package)
 
 
 def raised(what: str, error: BaseException, folder: Path | None) -> Complaint:
@@ -37,8 +42,4 @@ def raised(what: str, error: BaseException, folder: Path | None) -> Complaint:
 
 def _is_theirs(file: Path, folder: Path) -> bool:
     file = file.resolve()
-    return (
-        file.is_relative_to(folder)
-        and not file.is_relative_to(OUR_PACKAGE)
-        and "site-packages" not in file.parts
-    )
+    return file.is_relative_to(folder) and not file.is_relative_to(OUR_PACKAGE) and "site-packages" not in file.parts

@@ -1,6 +1,5 @@
 """The race from the first check to the last file."""
 
-import importlib.util
 import shlex
 import signal
 import sys
@@ -12,7 +11,7 @@ from types import FrameType
 from rich.console import Console
 from rich.text import Text
 
-from gradstep.cli.complaint import Complaint, needs_extra
+from gradstep.cli.complaint import Complaint
 from gradstep.cli.race import SEEDS, STEPS
 from gradstep.cli.race.contest import Heat, Run, plan, run
 from gradstep.cli.race.entrants import Entrant, choose, read_rates, try_entrants
@@ -78,7 +77,6 @@ class InterruptSwitch:
 
 def run_race(options: Options) -> int:
     """Race, show the ranking, write the files; returns the exit code."""
-    _require_matplotlib()
     rates = read_rates(options.rates)
     entrants = choose(options.optimizers)
     check_folder(options.output, FILES)
@@ -97,13 +95,12 @@ def run_race(options: Options) -> int:
         _write(record, encode(_document(options, entrants, rates, outcome, places)))
         interrupts.held = False
         _show(options, title, outcome, places, screen)
-        picture = _draw(options, title, places, same_rates=rates is not None)
-        show_files([record, *([picture] if picture else [])], screen)
+        picture = options.output / FILES[1]
+        code = _draw(picture, title, places, same_rates=rates is not None)
+        show_files([record] if code else [record, picture], screen)
     if isinstance(outcome.ended_by, Complaint):
         raise outcome.ended_by
-    if outcome.ended_by:
-        return INTERRUPTED
-    return 0 if picture else 1
+    return INTERRUPTED if outcome.ended_by else code
 
 
 def _race(
@@ -138,20 +135,23 @@ def _show(options: Options, title: str, outcome: Outcome, places: list[Place], s
     show_findings(places, options.command, options.seeds, screen)
 
 
-def _draw(options: Options, title: str, places: list[Place], same_rates: bool) -> Path | None:
-    """Draw and write the picture; whatever goes wrong costs only the picture."""
-    path = options.output / FILES[1]
+def _draw(path: Path, title: str, places: list[Place], same_rates: bool) -> int:
+    """Draw and write the picture; whatever goes wrong costs only the picture. Returns the exit code."""
     try:
         from gradstep.cli.race.picture import draw
 
         write_whole(path, draw(title, places, same_rates))
     except KeyboardInterrupt:
-        print("The picture was skipped by Ctrl-C.", file=sys.stderr)
+        print(f"The picture was skipped by Ctrl-C.{_left_over(path)}", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
-        print(f"The picture could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
-    else:
-        return path
-    return None
+        print(f"The picture could not be drawn: {type(error).__name__}: {error}.{_left_over(path)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _left_over(path: Path) -> str:
+    return f" {path} is of an earlier race." if path.exists() else ""
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -193,8 +193,3 @@ def _nothing_finished(outcome: Outcome) -> int:
         raise outcome.ended_by
     print("Stopped before the first run had finished: nothing was written.", file=sys.stderr)
     return INTERRUPTED
-
-
-def _require_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise needs_extra("gradstep race", "race", ModuleNotFoundError(name="matplotlib"))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradstep.cli.complaint import needs_extra
+from gradstep.cli.complaint import require
 
 Array = NDArray[Any]
 Parameters = dict[str, Array]
@@ -48,9 +48,7 @@ class Digits:
             "output.bias": np.zeros(CLASSES, self.dtype),
         }
 
-    def loss_and_grads(
-        self, params: Parameters, step: int, rng: np.random.Generator
-    ) -> tuple[float, Parameters]:
+    def loss_and_grads(self, params: Parameters, step: int, rng: np.random.Generator) -> tuple[float, Parameters]:
         """The mean cross-entropy of a random batch and its gradient."""
         batch = rng.integers(len(self.train_labels), size=BATCH)
         return backward(params, self.train_images[batch], self.train_labels[batch])
@@ -88,10 +86,8 @@ def _load() -> tuple[Array, Array]:
 
 
 def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise needs_extra("The task digits", "race", error) from None
+    require("The task digits", "race", "sklearn", "threadpoolctl")
+    return importlib.import_module(module)
 
 
 def _moved(images: Array) -> Array:

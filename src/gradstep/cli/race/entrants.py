@@ -83,7 +83,7 @@ FAMILIES = (
         2e-2,
         _muon,
         spec="muon",
-        note="Muon+AdamW: Muon at this rate for matrices, AdamW at a twentieth of it for all else",
+        note="Muon+AdamW: Muon at this rate for matrices, AdamW at 1/20 of it for the rest",
     ),
 )
 
@@ -118,9 +118,7 @@ def read_rates(text: str | None) -> list[float] | None:
         except ValueError:
             rate = math.nan
         if not (math.isfinite(rate) and rate > 0):
-            raise Complaint(
-                f"--rates: {part!r} is no learning rate; write positive numbers: --rates 1e-3,3e-3,1e-2"
-            )
+            raise Complaint(f"--rates: {part!r} is no learning rate; write positive numbers: --rates 1e-3,3e-3,1e-2")
         rates.add(rate)
     if not rates:
         raise Complaint("--rates is empty; write positive numbers: --rates 1e-3,3e-3,1e-2")
@@ -170,9 +168,7 @@ def _usual(build: Callable[..., object]) -> float:
 def _unknown(spec: str, known: Mapping[str, Entrant]) -> Complaint:
     near = difflib.get_close_matches(spec.lower(), known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return Complaint(
-        f"--optimizers: there is no {spec!r}.{hint} Choose from {_family_names()}, or file.py:Name"
-    )
+    return Complaint(f"--optimizers: there is no {spec!r}.{hint} Choose from {_family_names()}, or file.py:Name")
 
 
 def _family_names() -> str:

@@ -21,8 +21,7 @@ def load(spec: str, default: str) -> tuple[object, Path]:
     except AttributeError:
         own = sorted(public for public in vars(module) if not public.startswith("_"))
         raise Complaint(
-            f"{spec}: {path} defines no {name!r}; write {path}:NAME with one of its names: "
-            f"{', '.join(own) or 'none'}"
+            f"{spec}: {path} defines no {name!r}; write {path}:NAME with one of its names: {', '.join(own) or 'none'}"
         ) from None
 
 

@@ -73,7 +73,7 @@ def draw(title: str, places: Sequence[Place], same_rates: bool) -> bytes:
     styles, ceiling = _styles(places), _ceiling(places)
     _draw_curves(curves, places, styles, ceiling)
     _draw_sensitivity(sensitivity, places, styles, ceiling, same_rates)
-    _draw_legend(figure, places, styles)
+    _draw_legend(figure, [_label(place, same_rates) for place in places], styles)
     for axes in (curves, sensitivity):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, which="major", color="#e6e6e6", linewidth=0.8)
@@ -98,7 +98,7 @@ def _draw_curves(axes: Axes, places: Sequence[Place], styles: Sequence[Style], c
             continue
         steps, losses, over = _smooth(place)
         bottom, middle, top = losses.min(axis=0), np.median(losses, axis=0), losses.max(axis=0)
-        lowest = min(lowest, float(bottom.min()))
+        lowest = min(lowest, float(middle.min()))
         above = 3 - order / len(places)
         axes.fill_between(steps, bottom, top, color=style.color, alpha=0.12, linewidth=0)
         axes.plot(steps, middle, color=style.color, linestyle=style.dash, linewidth=1.8, zorder=above)
@@ -139,23 +139,23 @@ def _draw_sensitivity(
         _scale(axes, lowest, ceiling)
 
 
-def _draw_legend(figure: Figure, places: Sequence[Place], styles: Sequence[Style]) -> None:
+def _draw_legend(figure: Figure, labels: Sequence[str], styles: Sequence[Style]) -> None:
     lines = [
         Line2D([], [], color=color, linestyle=dash, marker=marker, linewidth=1.8, markersize=5)
         for color, dash, marker in styles
     ]
-    labels = [f"{number}  {_label(place)}" for number, place in enumerate(places, 1)]
+    numbered = [f"{number}  {label}" for number, label in enumerate(labels, 1)]
     figure.legend(
-        lines, labels, loc="upper left", bbox_to_anchor=(0.797, 0.885), frameon=False, fontsize=9,
+        lines, numbered, loc="upper left", bbox_to_anchor=(0.797, 0.885), frameon=False, fontsize=9,
         handlelength=3.2, labelspacing=0.6, borderaxespad=0,
     )  # fmt: skip
     figure.text(0.797, 0.1, NOTES, fontsize=9, color="#606060")
 
 
-def _label(place: Place) -> str:
+def _label(place: Place, same_rates: bool) -> str:
     if place.final_loss is None:
         return f"{place.entrant.name}\n    diverged at step {place.diverged_at}"
-    usual = f" (usual {rate_text(place.entrant.usual)})"
+    usual = "" if same_rates else f" (usual {rate_text(place.entrant.usual)})"
     return f"{place.entrant.name}\n    {short(place.final_loss)} at {rate_text(place.best.rate)}{usual}"
 
 
@@ -177,7 +177,7 @@ def _smooth(place: Place) -> tuple[NDArray[np.float64], NDArray[np.float64], int
         losses[:, max(0, at - reach) : at + reach + 1].mean(axis=1) for at in range(points)
     ]
     window = curves[0].window
-    steps = np.linspace(0.5, points - 0.5, points) * window
+    steps = np.array([(at + 0.5) * window for at in range(points)])
     return steps, np.stack(means, axis=1), (2 * reach + 1) * window
 
 

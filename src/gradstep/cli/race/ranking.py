@@ -74,10 +74,7 @@ class Place:
     def metrics(self) -> dict[str, float]:
         """The task's metrics at the best rate, medians over the seeds; NaN where any is NaN."""
         names = dict.fromkeys(name for run in self.finished for name in run.metrics)
-        return {
-            name: _median([run.metrics[name] for run in self.finished if name in run.metrics])
-            for name in names
-        }
+        return {name: _median([run.metrics[name] for run in self.finished if name in run.metrics]) for name in names}
 
     @property
     def diverged_at(self) -> int | None:
@@ -98,8 +95,9 @@ class Place:
 
     @property
     def step_us(self) -> float | None:
-        """The duration of an optimizer step in microseconds, the median over all runs."""
-        times = [run.step_us for run in self.runs if run.step_us is not None]
+        """The duration of an optimizer step in microseconds: the median over all runs that did not diverge, if any."""
+        whole = [run for run in self.runs if run.diverged_at is None]
+        times = [run.step_us for run in whole or self.runs if run.step_us is not None]
         return median(times) if times else None
 
     @property

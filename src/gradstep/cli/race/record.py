@@ -33,9 +33,7 @@ def check_folder(folder: Path, names: Sequence[str]) -> None:
         ) from None
     for name in names:
         if (folder / name).is_dir():
-            raise Complaint(
-                f"--output {folder}: {folder / name} is a folder and stands in the way of the file"
-            )
+            raise Complaint(f"--output {folder}: {folder / name} is a folder and stands in the way of the file")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -84,7 +82,7 @@ def _made() -> dict[str, object]:
         "gradstep": gs.__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        **({"torch": str(cast(Any, torch).__version__)} if torch else {}),
+        **({"torch": str(cast("Any", torch).__version__)} if torch else {}),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -67,9 +67,7 @@ class Progress:
         if self.live:
             if monotonic() - self.drawn >= REFRESH:
                 self._draw(self.live)
-        elif len(self.done) * SPARSE_LINES // len(self.heats) > (len(self.done) - 1) * SPARSE_LINES // len(
-            self.heats
-        ):
+        elif len(self.done) * SPARSE_LINES // len(self.heats) > (len(self.done) - 1) * SPARSE_LINES // len(self.heats):
             self.console.print(f"{len(self.done)}/{len(self.heats)} runs{self._leader()}", markup=False)
 
     def _draw(self, live: Live) -> None:
@@ -91,12 +89,11 @@ class Progress:
             runs = [run for run in self.done if run.entrant == name]
             best = min(runs, key=lambda run: run.final_loss, default=None)
             loss, rate = ("", "") if best is None else (short(best.final_loss), rate_text(best.rate))
+            loss, rate = ("diverged", "") if best and best.diverged_at is not None else (loss, rate)
             running = self.current is not None and self.current.entrant.name == name
             board.add_row(
                 Text(name, style="bold cyan" if running else ""),
-                ProgressBar(
-                    planned, len(runs) + (self.fraction if running else 0), width=16, complete_style="cyan"
-                ),
+                ProgressBar(planned, len(runs) + (self.fraction if running else 0), width=16, complete_style="cyan"),
                 f"{len(runs)}/{planned}",
                 Text(loss, style="bold green" if best and best.final_loss == leader else ""),
                 rate,
@@ -136,23 +133,27 @@ def show_ranking(places: Sequence[Place], screen: Console) -> None:
 
 def show_findings(places: Sequence[Place], command: str, seeds: int, screen: Console) -> None:
     """The winner as code, who is too close to call, and which grids were too narrow."""
-    for line in (_legend(places, seeds), *(place.entrant.note for place in places if place.entrant.note)):
+    for line in _legend(places, seeds):
         screen.print(Text(line, "dim"))
     winner = places[0]
     if winner.final_loss is None:
-        screen.print(Text("\nEvery run diverged; try lower rates: --rates 1e-6,1e-5,1e-4", "bold red"))
+        lowest = min(place.grid[0] for place in places)
+        rates = ",".join(rate_text(float(f"{lowest * factor:.2g}")) for factor in (1e-3, 1e-2, 1e-1))
+        screen.print(
+            Text(f"\nEvery run diverged; try lower rates: {command} --rates {rates}", "bold red"), soft_wrap=True
+        )
         return
     screen.print()
     screen.print(Text.assemble("Winner: ", (winner.best.runs[0].configuration, "bold green")), soft_wrap=True)
-    if close := close_to_the_winner(places):
+    if len(winner.finished) == 1:
+        screen.print(Text("One seed only: small differences may be chance (more --seeds tell)"))
+    elif close := close_to_the_winner(places):
         names = ", ".join(place.entrant.name for place in close)
         more = " (more --seeds tell)" if seeds < 10 else ""
         screen.print(Text(f"Too close to call{more}: {names}"))
     if edges := [place for place in places if place.edge]:
         screen.print()
-        screen.print(
-            Text("Best at the edge of the grid; a better rate may lie beyond. Widen with:", "yellow")
-        )
+        screen.print(Text("Best at the edge of the grid; a better rate may lie beyond. Widen with:", "yellow"))
         for place in edges:
             screen.print(Text("  " + _widen(place, command), "yellow"), soft_wrap=True)
 
@@ -163,9 +164,7 @@ def show_files(files: Sequence[Path], screen: Console) -> None:
 
 
 def _ranking(places: Sequence[Place], metrics: Sequence[str], with_results: bool) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0)
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("optimizer", no_wrap=True)
     results = ("final loss", "best\nrate", "µs/\nstep", "state", "diverged") if with_results else ()
@@ -207,10 +206,11 @@ def _widen(place: Place, command: str) -> str:
     return f"{command} --optimizers {shlex.quote(place.entrant.spec)} --rates {rates}"
 
 
-def _legend(places: Sequence[Place], seeds: int) -> str:
-    text = "final loss: mean over the last tenth of the steps"
+def _legend(places: Sequence[Place], seeds: int) -> Iterator[str]:
     if seeds > 1:
-        text += ", median over seeds ± half their range"
+        yield "final loss: mean over the last tenth of steps, median over seeds ± half range"
+    else:
+        yield "final loss: mean over the last tenth of steps"
     if any(place.edge for place in places):
-        text += "; > < mark the edge of the grid"
-    return text
+        yield "> <: the best rate is the highest or the lowest of the grid"
+    yield from (place.entrant.note for place in places if place.entrant.note)

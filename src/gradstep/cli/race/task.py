@@ -54,7 +54,7 @@ class Problem:
         result = self._call("loss_and_grads", params, step, rng)
         pair = cast("Sequence[object]", result) if isinstance(result, (tuple, list)) else ()
         if len(pair) != 2:
-            got = _describe(cast(object, result))
+            got = _describe(cast("object", result))
             raise self.complain(f"loss_and_grads must return (loss, grads), got {got}")
         loss, grads = pair
         return self._number(loss, "the loss that loss_and_grads returns first"), grads
@@ -100,9 +100,7 @@ def find_task(spec: str) -> Problem:
 
         return Problem(spec, Digits(), surroundings=one_blas_thread)
     if ":" not in spec and not spec.endswith(".py"):
-        raise Complaint(
-            f"there is no task {spec!r}: the built-in one is digits, your own is written file.py:object"
-        )
+        raise Complaint(f"there is no task {spec!r}: the built-in one is digits, your own is written file.py:object")
     found, folder = load(spec, default="task")
     task = found
     if inspect.isclass(found) or (inspect.isroutine(found) and not hasattr(found, "loss_and_grads")):
@@ -150,9 +148,7 @@ def _make(spec: str, build: Callable[[], object], folder: Path) -> object:
     try:
         inspect.signature(build).bind()
     except TypeError:
-        raise Complaint(
-            f"{spec} needs arguments; name an object, or a class or function without any"
-        ) from None
+        raise Complaint(f"{spec} needs arguments; name an object, or a class or function without any") from None
     except ValueError:
         pass  # a builtin without a signature
     try:
@@ -219,10 +215,10 @@ def _values(array: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 def _describe(value: object) -> str:
     if hasattr(value, "shape"):
-        return f"{type(value).__name__} of shape {tuple(cast(Any, value).shape)}"
+        return f"{type(value).__name__} of shape {tuple(cast('Any', value).shape)}"
     text = repr(value)
     if value is None or (isinstance(value, (str, int, float)) and len(text) < 40):
         return text
     if isinstance(value, (tuple, list)):
-        return f"{type(cast(object, value)).__name__} of length {len(cast('Sequence[object]', value))}"
+        return f"{type(cast('object', value)).__name__} of length {len(cast('Sequence[object]', value))}"
     return type(value).__name__
