@@ -4,7 +4,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
@@ -99,6 +99,7 @@ class Optimizer(ABC):
         named = named_arrays(params, "params")
         self._forget_routes()
         fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._route(named)]
+        self._plan = None  # it holds the old slots
         with InterruptsHeld():
             for leaf, state in fresh:
                 leaf.adopt(state)
@@ -193,7 +194,7 @@ class Optimizer(ABC):
         """The plan for these arrays, and the arrays in its order."""
         key = (list(wanted), self._clip_norm is not None, [leaf.epoch for leaf in self._leaves()])
         cached = self._plan
-        if cached is not None and cached.key == key:
+        if cached is not None and cached.plan.published and cached.key == key:
             parameters, gradients = _pick(named, cached.plan.names), [wanted[name] for name in cached.plan.names]
             places = cached.locate(parameters, gradients)
             if places is not None:
@@ -219,10 +220,12 @@ class Optimizer(ABC):
         clip = "" if self._clip_norm is None else f", clip_norm={self._clip_norm!r}"
         return clip + ("" if self._nonfinite == "allow" else f", nonfinite={self._nonfinite!r}")
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if not name.startswith("_") and not hasattr(type(self), name):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r} that could be set")
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # type checkers find misspelt attributes themselves, unless they see this
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if not name.startswith("_") and not hasattr(type(self), name):
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r} that could be set")
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = vars(self).keys() - {"_lock", "_plan"}

@@ -22,16 +22,16 @@ class Share:
         self.leaf, self.names = leaf, names
         self.matches: list[Match] = []
         self._rows = leaf.reserve(names)
-        self._published = False  # whether the slots are the optimizer's already
+        self.published = False  # whether the slots are the optimizer's already
 
     def stage(self) -> State:
         """The optimizer's state after the step, not yet adopted."""
-        return self.leaf.stage(self._rows, () if self._published else self.matches)
+        return self.leaf.stage(self._rows, () if self.published else self.matches)
 
     def advance(self, staged: State) -> None:
         """Let the optimizer adopt that state."""
         self.leaf.advance(staged)
-        self._published = True
+        self.published = True
 
 
 class Plan:
@@ -68,6 +68,11 @@ class Plan:
         self._member_lists = [members.tolist() for members in self._members]
         self._inspectors: list[Inspector] | None = None
         self.written_slots = [array for m in self.matches for array in m.slots.values()]
+
+    @property
+    def published(self) -> bool:
+        """Whether a step has been taken; before, the plan's new slots are nobody's, and must not outlive a failure."""
+        return all(share.published for share in self.shares)
 
     def _survey(self) -> Extents:
         parameters, gradients = (
