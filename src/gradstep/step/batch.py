@@ -46,6 +46,7 @@ class Batch:
         self._results: list[tuple[Array, Array]] = []
         self._workspace = Workspace()
         self._views: dict[str, list[Any]] = {}
+        self._stacks = [math.prod(match.shape[:-2]) for match in matches]  # how many matrices each tensor holds
         self._dimensions = self._measure()
         self._make_scalar_table()
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
@@ -60,9 +61,6 @@ class Batch:
             return None
         shapes = [match.shape for match in self.matches]
         return np.array([(*shape[-2:], -(-shape[-2] // ROWS)) for shape in shapes], np.int64)
-
-    def _stacks(self) -> list[int]:
-        return [math.prod(match.shape[:-2]) for match in self.matches]
 
     def _make_scalar_table(self) -> None:
         program = self.program.scalars
@@ -83,7 +81,7 @@ class Batch:
         dtypes = {"g": self.gradient_dtype}
         kernel = compile_kernel(emit(self.program, sweep, self.dtype, dtypes))
         if self._dimensions is not None:
-            chunks = matrix_chunks(self._dimensions, np.array(self._stacks(), np.int64))
+            chunks = matrix_chunks(self._dimensions, np.array(self._stacks, np.int64))
         else:
             chunks = flat_chunks(self.sizes)
         launch = Launch(
@@ -106,20 +104,22 @@ class Batch:
         if kind is Kind.WHOLE:
             return ()
         height, width = self.matches[tensor].shape[-2:]
-        return (self._stacks()[tensor], height if kind is Kind.ROW else 1, width if kind is Kind.COLUMN else 1)
+        return (self._stacks[tensor], height if kind is Kind.ROW else 1, width if kind is Kind.COLUMN else 1)
 
     def _sum_buffer(self, reduction: Symbol, tensor: int) -> Array:
         if self._dimensions is None:
             return np.zeros(len(flat_chunks(self.sizes[tensor : tensor + 1])))
         height, width, blocks = self._dimensions[tensor].tolist()
-        stack = self._stacks()[tensor]
+        stack = self._stacks[tensor]
         shapes = {Kind.WHOLE: (stack * blocks,), Kind.ROW: (stack, height), Kind.COLUMN: (stack, blocks, width)}
         return np.zeros(shapes[reduction.kind])
 
     def _lay_out(self, place: str) -> None:
         """Find each tensor's address of one array; arrays that no kernel can walk get scratch."""
-        if self.program.slots.get(place, Kind.FULL) is not Kind.FULL:
-            self._views[place] = [self._library.as_numpy(match.slots[place]) for match in self.matches]
+        kind = self.program.slots.get(place, Kind.FULL)
+        if kind is not Kind.FULL:
+            arrays = (self._library.as_numpy(match.slots[place]) for match in self.matches)
+            self._views[place] = [array.reshape(self._small_shape(kind, i)) for i, array in enumerate(arrays)]
             return
         addresses = np.zeros(len(self.matches), np.int64)
         for i, match in enumerate(self.matches):
@@ -218,18 +218,14 @@ class Batch:
 
     def _values(self) -> list[SmallValues]:
         """What is known before the first sweep: scalars, and the slots of rows and columns."""
-        number_type = np.dtype(self.dtype).type
-        arrays = {s.attribute: s for s in self.program.symbols if s.op == "array" and s.kind is not Kind.FULL}
-        known: list[SmallValues] = []
-        for i in range(len(self.matches)):
-            row = self._scalars[self._rows[i]]
-            values: dict[int, Any] = {
-                index: number_type(row[place]) for index, place in self.program.scalar_places.items()
-            }
-            for slot, symbol in arrays.items():
-                values[symbol.index] = self._views[slot][i].reshape(self._small_shape(symbol.kind, i))
-            known.append(SmallValues(self.dtype, values))
-        return known
+        indices = self.program.scalar_places
+        table = self._scalars[: len(self._row_owners)].astype(self.dtype)
+        scalars: list[dict[int, Any]] = [dict(zip(indices, row, strict=False)) for row in table] or [{}]
+        slots = [(s.index, self._views[s.attribute]) for s in self.program.symbols if s.attribute in self._views]
+        return [
+            SmallValues(self.dtype, scalars[row] | {index: views[i] for index, views in slots})
+            for i, row in enumerate(self._rows.tolist())
+        ]
 
     def _finish(self, level: int, values: list[SmallValues]) -> None:
         """Turn the sums that the sweep left behind into statistics, and run the matrix operations after it."""
@@ -255,7 +251,7 @@ class Batch:
     def _small_results(self, values: list[SmallValues]) -> list[tuple[Array, Array]]:
         """Each slot of rows or columns, and its new value. An empty parameter has no statistics to keep."""
         return [
-            (target, np.reshape(values[i][symbol], target.shape))
+            (target, values[i][symbol])
             for slot, symbol in self.program.small_outputs.items()
             for i, target in enumerate(self._views[slot])
             if self.sizes[i]
