@@ -220,12 +220,14 @@ class Batch:
         """What is known before the first sweep: scalars, and the slots of rows and columns."""
         indices = self.program.scalar_places
         table = self._scalars[: len(self._row_owners)].astype(self.dtype)
-        scalars: list[dict[int, Any]] = [dict(zip(indices, row, strict=False)) for row in table] or [{}]
-        slots = [(s.index, self._views[s.attribute]) for s in self.program.symbols if s.attribute in self._views]
-        return [
-            SmallValues(self.dtype, scalars[row] | {index: views[i] for index, views in slots})
-            for i, row in enumerate(self._rows.tolist())
-        ]
+        scalars: list[dict[int, Any]] = [dict(zip(indices, row, strict=False)) for row in table]
+        scalars = scalars or [{}]
+        slots = {s.index: self._views[s.attribute] for s in self.program.symbols if s.attribute in self._views}
+        values: list[SmallValues] = []
+        for i in range(len(self.matches)):
+            known: dict[int, Any] = {index: views[i] for index, views in slots.items()}
+            values.append(SmallValues(self.dtype, scalars[int(self._rows[i])] | known))
+        return values
 
     def _finish(self, level: int, values: list[SmallValues]) -> None:
         """Turn the sums that the sweep left behind into statistics, and run the matrix operations after it."""
