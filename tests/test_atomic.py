@@ -369,7 +369,7 @@ def shells_for_two() -> list[Any]:
 def test_shared_memory_that_would_be_written_is_refused(place: int, case: str, steps: int) -> None:
     opt = shells_for_two()[place]
     arrays = SHARING[case]()
-    for _ in range(steps if "elements of a parameter overlap" != case else 0):
+    for _ in range(steps if case != "elements of a parameter overlap" else 0):
         a, b, ga, gb = map(lookalike, arrays)
         opt.apply_gradients({"a": ga, "b": gb}, {"a": a, "b": b})
     before = state_of(opt), [array.tobytes() for array in arrays]
@@ -581,7 +581,7 @@ def sites_of(function: Callable[[], object]) -> list[tuple[Site, bool]]:
 
 def struck(site: Site, strike: Callable[[], None], function: Callable[[], object]) -> bool:
     """Call the function with a strike at that site; whether an exception came out."""
-    visits, fired = 0, False
+    visits, fired, code = 0, False, site.code
 
     def at_line(frame: FrameType, event: str, _: object) -> Any:
         nonlocal visits, fired
@@ -594,7 +594,7 @@ def struck(site: Site, strike: Callable[[], None], function: Callable[[], object
 
     raised = True
     with contextlib.suppress(InjectedError, KeyboardInterrupt):
-        traced(lambda frame, *_: at_line if frame.f_code is site.code and not fired else None, function)
+        traced(lambda frame, *_: at_line if frame.f_code is code and not fired else None, function)
         raised = False
     assert fired, f"the step did not come by {site}"
     return raised

@@ -78,5 +78,8 @@ def _rebuild(tree: object, arrays: Mapping[str, Any], prefix: str) -> object:
         return {key: _rebuild(value, arrays, f"{prefix}{key}.") for key, value in items}
     if isinstance(tree, (list, tuple)):
         parts = [_rebuild(value, arrays, f"{prefix}{i}.") for i, value in enumerate(cast("list[object]", tree))]
+        make = getattr(cast("object", tree), "_make", None)  # of a NamedTuple
+        if make is not None:
+            return make(parts)
         return tuple(parts) if isinstance(tree, tuple) else parts
     return arrays[prefix[:-1]] if tree is not None else None

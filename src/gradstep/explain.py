@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.optimizer import Optimizer
 from gradstep.program.compiler import module_ir
 from gradstep.program.formulas import spell
@@ -22,6 +23,10 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
         dtype: their dtype, "float32" or "float64".
         ir: whether to print the IR as well.
 
+    Raises:
+        ArgumentTypeError: `opt` is no optimizer.
+        DtypeError: the dtype is not one in which rules are computed.
+
     Example:
         >>> import gradstep as gs
         >>> gs.explain(gs.Lion(1e-4, weight_decay=0.1), ir=False)
@@ -34,6 +39,10 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
             m' = beta2 * m + s2 * g
             w' = w * s3 - learning_rate * sign(beta1 * m + s1 * g)
     """
+    if not isinstance(opt, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentTypeError(f"explain takes an optimizer, got {opt!r}")
+    if dtype not in BYTES:
+        raise DtypeError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
     clipped = opt.clip_norm is not None
     leaves = opt._leaves()  # pyright: ignore[reportPrivateUsage]
     print("\n\n".join(_explain(leaf.program(ndim, clipped=clipped), ndim, dtype, ir) for leaf in leaves))

@@ -313,6 +313,16 @@ class Static(Field):
     def __set__(self, instance: Owner, value: object) -> None:
         instance.set_hyperparameters({self.name: value})
 
+    def configuration(self, owner: str, value: object) -> Any:
+        try:
+            hash(value)
+        except TypeError:
+            raise ArgumentTypeError(
+                f"{owner}'s {self.name} is configuration and must not change by itself, so it must be hashable; "
+                f"got a {type(value).__name__}: use a tuple instead of a list"
+            ) from None
+        return value
+
 
 # Type checkers read `default=` and `kw_only=` from the calls: always pass them by name.
 
@@ -428,7 +438,7 @@ class Settings:
 
     def _static(self, name: str, value: object) -> object:
         if not self._cells[name]:
-            return value
+            return type(value), value  # 1, 1.0 and True are equal, but not the same configuration
         return bool(self._fields[name].removable) and not callable(value) and value == 0
 
     @property

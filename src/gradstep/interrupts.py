@@ -1,8 +1,9 @@
-"""Ctrl-C held back while memory is being written."""
+"""Signals held back while memory is being written: Ctrl-C, and others whose handlers may raise."""
 
 import importlib
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -11,29 +12,45 @@ try:  # the functions that `signal` wraps in enumerations, which cost more than 
 except ImportError:
     _functions = signal
 
-SIGINT = int(signal.SIGINT)
+NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+HELD = [int(getattr(signal, name)) for name in NAMES if hasattr(signal, name)]
 
 
 class InterruptsHeld:
-    """Within this context Ctrl-C waits; it takes effect on leaving. Contexts nest.
+    """Within this context signals with a handler in Python wait; they take effect on leaving. Contexts nest.
 
-    Only the main thread receives Ctrl-C, so elsewhere nothing needs to be held.
+    Only the main thread runs such handlers, so elsewhere nothing needs to be held.
     """
 
     def __enter__(self) -> None:
-        self._arrived = False
-        self._previous: Any = None
-        if threading.get_ident() == threading.main_thread().ident:
-            # None stands for a handler that was not set from Python: it raises nothing here.
-            self._previous = _functions.getsignal(SIGINT)
-            if self._previous is not None:
-                _functions.signal(SIGINT, self._note)
+        self._arrived: list[int] = []
+        self._previous: list[tuple[int, Any]] = []
+        if threading.get_ident() != threading.main_thread().ident:
+            return
+        try:
+            for number in HELD:
+                handler = _functions.getsignal(number)
+                if callable(handler):
+                    self._previous.append((number, handler))
+                    _functions.signal(number, self._note)
+        except BaseException:  # from the handler of a signal that is not held yet
+            _each(_functions.signal, self._previous)
+            raise
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            _functions.signal(SIGINT, self._previous)
-            if self._arrived:
-                signal.raise_signal(SIGINT)
+        try:
+            _each(_functions.signal, self._previous)
+        finally:
+            _each(signal.raise_signal, [(number,) for number in dict.fromkeys(self._arrived)])
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self._arrived = True
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._arrived.append(number)
+
+
+def _each(function: Callable[..., object], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Call `function` for all, whatever one of the calls raises."""
+    if arguments:
+        try:
+            function(*arguments[0])
+        finally:
+            _each(function, arguments[1:])

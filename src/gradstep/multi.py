@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
-from gradstep.optimizer import Optimizer, Result
+from gradstep.optimizer import Optimizer
 from gradstep.options import Policy
 from gradstep.state import StateView
 from gradstep.step.leaf import Leaf
@@ -134,12 +133,8 @@ class MultiOptimizer(Optimizer):
                 )
             child._check_options()
 
-    def _exclusively(self, body: Callable[[], Result]) -> Result:
-        # One `with` on a lock inside the other: an interrupt between them leaves none behind.
-        for child in self._children:
-            body = partial(child._exclusively, body)
-        with self._lock:
-            return body()
+    def _family(self) -> list[Optimizer]:
+        return [self, *(member for child in self._children for member in child._family())]
 
     def _count_step(self) -> None:
         self._step += 1

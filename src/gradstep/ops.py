@@ -112,6 +112,8 @@ def orthogonalize(x: Any, steps: int = 5) -> Any:
     """
     if isinstance(x, Symbol):
         return x.trace.orthogonalize(x, steps)
+    if 0 in x.shape:
+        return x
     copy = x.clone() if hasattr(x, "clone") else x.copy()
     return newton_schulz(copy.reshape(x.shape[0], -1), steps).reshape(x.shape)
 
@@ -124,9 +126,17 @@ def _apply(name: str, *args: Any) -> Any:
         return FUNCTIONS[name](*args)
     library = _library(args)
     if library.__name__ == "torch":
-        like = next(arg for arg in args if hasattr(arg, "device") and arg.is_floating_point())
-        args = tuple(arg if hasattr(arg, "device") else like.new_tensor(arg) for arg in args)
+        return _apply_torch(library, name, args)
     return getattr(library, name)(*args)
+
+
+def _apply_torch(torch: Any, name: str, args: tuple[Any, ...]) -> Any:
+    like = next((arg for arg in args if hasattr(arg, "device") and arg.is_floating_point()), None)
+    if like is None:
+        raise RuleError(f"{name} takes tensors of a floating dtype, got {', '.join(str(arg) for arg in args)}")
+    tensors = [arg if hasattr(arg, "device") else like.new_tensor(arg) for arg in args]
+    result = getattr(torch, name)(*tensors)
+    return torch.where(tensors[0].isnan(), tensors[0], result) if name == "sign" else result  # torch: sign(NaN) is 0
 
 
 def _library(args: tuple[Any, ...]) -> ModuleType:

@@ -1,10 +1,15 @@
 """The life of a step: preflight, plan, inspect, commit."""
 
+import copy
+import itertools
 import math
+import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
@@ -18,6 +23,7 @@ from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.report import Report
 from gradstep.step.inspection import Inspection, clip_scale
 from gradstep.step.leaf import Leaf
+from gradstep.step.overlap import refuse_overlap
 from gradstep.step.plan import Plan, Share
 from gradstep.tree import named_arrays
 
@@ -34,9 +40,8 @@ class Optimizer(ABC):
     _nonfinite: Policy
 
     def __init__(self, *, clip_norm: float | None, nonfinite: Policy) -> None:
-        self._lock = threading.RLock()
+        self._register()
         self._report: Report | None = None
-        self._plan: _CachedPlan | None = None
         self.clip_norm = clip_norm
         self.nonfinite = nonfinite
 
@@ -53,8 +58,14 @@ class Optimizer(ABC):
         """Raise when the options of this optimizer and its children do not go together."""
 
     @abstractmethod
+    def _family(self) -> "list[Optimizer]":
+        """This optimizer and everybody below it."""
+
     def _exclusively(self, body: Callable[[], Result]) -> Result:
         """Call `body` while other threads are kept from stepping this optimizer and its children."""
+        # Everybody takes locks in the same order, so that two trees that share children cannot wait for each other.
+        family = self._family()
+        return _locked([member._lock for member in sorted(family, key=lambda member: member._serial)], body)
 
     @abstractmethod
     def _count_step(self) -> None:
@@ -97,6 +108,7 @@ class Optimizer(ABC):
 
     def _init(self, params: object) -> None:
         named = named_arrays(params, "params")
+        refuse_overlap(recognise(params=named), named, {})
         self._forget_routes()
         fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._route(named)]
         self._plan = None  # it holds the old slots
@@ -192,7 +204,7 @@ class Optimizer(ABC):
 
     def _planned(self, named: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Plan, list[Any], list[Any]]:
         """The plan for these arrays, and the arrays in its order."""
-        key = (list(wanted), self._clip_norm is not None, [leaf.epoch for leaf in self._leaves()])
+        key = (list(wanted), list(named), self._clip_norm is not None, [leaf.epoch for leaf in self._leaves()])
         cached = self._plan
         if cached is not None and cached.plan.published and cached.key == key:
             parameters, gradients = _pick(named, cached.plan.names), [wanted[name] for name in cached.plan.names]
@@ -200,9 +212,10 @@ class Optimizer(ABC):
             if places is not None:
                 cached.plan.move(*places)
                 return cached.plan, parameters, gradients
-        self._plan = None  # a plan whose tables are half moved must not be used again
+        self._plan = None  # its scratch is free before the next plan takes its own
         chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
         library = recognise(params=chosen, grads=wanted)
+        refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
         shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
         plan = Plan(library, shares, chosen, wanted, clipped=self._clip_norm is not None)
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
@@ -223,18 +236,64 @@ class Optimizer(ABC):
     if not TYPE_CHECKING:  # type checkers find misspelt attributes themselves, unless they see this
 
         def __setattr__(self, name: str, value: object) -> None:
-            if not name.startswith("_") and not hasattr(type(self), name):
+            if not name.startswith("_") and not _is_settable(type(self), name):
                 raise AttributeError(f"{type(self).__name__} has no attribute {name!r} that could be set")
             super().__setattr__(name, value)
 
+    def _snapshot(self, memo: dict[int, Any]) -> dict[str, Any]:
+        kept = vars(self).keys() - {"_lock", "_plan", "_serial"}
+        return self._exclusively(lambda: copy.deepcopy({name: vars(self)[name] for name in kept}, memo))
+
     def __getstate__(self) -> dict[str, Any]:
-        kept = vars(self).keys() - {"_lock", "_plan"}
-        return self._exclusively(lambda: {name: vars(self)[name] for name in kept})
+        return self._snapshot({})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._register()
         vars(self).update(state)
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # two optimizers cannot share their slots
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(self._snapshot(memo))
+        return new
+
+    def _register(self) -> None:
+        """What belongs to this object and process, and is not copied."""
         self._lock = threading.RLock()
-        self._plan = None
+        self._plan: _CachedPlan | None = None
+        self._serial = next(_serials)
+        _optimizers.add(self)
+
+
+def _is_settable(family: type, name: str) -> bool:
+    """Whether the class has a hyperparameter, option or property of that name."""
+    found: object = next((vars(base)[name] for base in family.__mro__ if name in vars(base)), None)
+    return hasattr(found, "__set__")
+
+
+_serials = itertools.count()
+_optimizers: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child, the threads that held locks are gone; a step that one had begun is abandoned."""
+    for optimizer in list(_optimizers):
+        optimizer._lock = threading.RLock()  # pyright: ignore[reportPrivateUsage]
+        optimizer._plan = None  # pyright: ignore[reportPrivateUsage]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
+def _locked(locks: Sequence[AbstractContextManager[object]], body: Callable[[], Result]) -> Result:
+    """Call `body` with all locks held. One `with` within the other: no interrupt leaves a lock behind."""
+    if not locks:
+        return body()
+    with locks[0]:
+        return _locked(locks[1:], body)
 
 
 class _CachedPlan:
@@ -242,13 +301,19 @@ class _CachedPlan:
 
     def __init__(self, key: object, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
         self.key, self.plan = key, plan
-        self._watches = plan.library.watch(parameters), plan.library.watch(gradients)
+        watch = plan.library.watch
+        self._watches = watch(parameters), watch(gradients), watch(plan.written_slots)
 
     def locate(self, parameters: list[Any], gradients: list[Any]) -> tuple[Integers, Integers] | None:
-        """The addresses of arrays of the types, shapes, strides and dtypes that were planned; else None."""
-        first = self._watches[0].locate(parameters)
-        second = None if first is None else self._watches[1].locate(gradients)
-        return None if first is None or second is None else (first, second)
+        """The addresses of arrays of the types, shapes, strides and dtypes that were planned; else None.
+
+        Slots must lie where they lay: their owner hands them out, and a user can move them.
+        """
+        arrays = (parameters, gradients, self.plan.written_slots)
+        first, second, slots = (watch.locate(some) for watch, some in zip(self._watches, arrays, strict=True))
+        if first is None or second is None or slots is None or (slots != self.plan.slot_addresses).any():
+            return None
+        return first, second
 
 
 def _pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

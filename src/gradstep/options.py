@@ -46,7 +46,7 @@ class NonFinite:
         return self if instance is None else instance._nonfinite  # pyright: ignore[reportPrivateUsage]
 
     def __set__(self, instance: Holder, value: Policy) -> None:
-        if value not in POLICIES:
+        if not isinstance(value, str) or value not in POLICIES:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(f"nonfinite must be one of {', '.join(map(repr, POLICIES))}, got {value!r}")
         instance._nonfinite = value  # pyright: ignore[reportPrivateUsage]
 

@@ -103,6 +103,8 @@ class cosine_decay:
     def __call__(self, step: int) -> float:
         if step >= self.decay_steps:
             return self.end
+        if step == 0:
+            return self.init
         return self.end + (self.init - self.end) * 0.5 * (1.0 + math.cos(math.pi * step / self.decay_steps))
 
 
@@ -167,12 +169,10 @@ class join_schedules:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedules", tuple(self.schedules))
-        object.__setattr__(self, "boundaries", tuple(self.boundaries))
         for schedule in self.schedules:
             if not callable(schedule):
                 raise ArgumentTypeError(f"schedules must be functions step -> float, got {schedule!r}")
-        for boundary in self.boundaries:
-            _integer(boundary, "a boundary")
+        object.__setattr__(self, "boundaries", tuple(_integer(boundary, "a boundary") for boundary in self.boundaries))
         if len(self.boundaries) != len(self.schedules) - 1:
             raise ConfigurationError(
                 f"{len(self.schedules)} schedules need {max(len(self.schedules) - 1, 0)} boundaries, "

@@ -1,5 +1,6 @@
 """PyTorch tensors on the CPU. This module is imported only where the caller has imported torch."""
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -64,8 +65,10 @@ class Torch:
         """Advance the version counters, so that autograd notices; inference tensors have none."""
         try:
             torch.autograd.graph.increment_version(arrays)
-        except RuntimeError:
-            torch.autograd.graph.increment_version([array for array in arrays if not array.is_inference()])
+        except (RuntimeError, TypeError):  # one is an inference tensor, or this torch takes one at a time
+            for array in arrays:
+                with contextlib.suppress(RuntimeError):
+                    torch.autograd.graph.increment_version(array)
 
 
 class Watched:

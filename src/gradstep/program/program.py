@@ -66,13 +66,12 @@ def place_of(symbol: Symbol) -> str:
 class Program:
     """A rule for one configuration and number of dimensions.
 
-    `inputs` and `outputs` map `w`, `g` and the slots to symbols; `slots` gives the kind of each kept slot.
+    `outputs` maps `w` and the kept slots to their new values; `slots` gives the kind of each kept slot.
     """
 
     name: str
     slots: Mapping[str, Kind]
     outputs: Mapping[str, Symbol]
-    clipped: bool = False
     levels: dict[int, int] = field(init=False, default_factory=dict[int, int], compare=False)
 
     def __post_init__(self) -> None:

@@ -51,6 +51,7 @@ class ScalarExpressions:
         self.dimensions: list[int] = [symbol.attribute for symbol in symbols if symbol.op == "dimension"]
         # Private names: a hyperparameter may be called like a function.
         private = {s.index: f"_{i}" for i, s in enumerate(s for s in symbols if s.op == "hyperparameter")}
+        private |= {s.index: f"({float(s.attribute)!r})" for s in symbols if s.op == "constant" and not s.boolean}
         private |= {s.index: f"_shape[{s.attribute}]" for s in symbols if s.op == "dimension"}
         self._texts = [spell(output, private) for output in outputs]
         self._checked = [output.attribute != "clip_scale" for output in outputs]
@@ -64,10 +65,10 @@ class ScalarExpressions:
 
         `clip_scale` alone may be NaN: a non-finite norm that is allowed spreads.
         """
-        arguments = [known[name] for name in self.hyperparameters]
+        arguments = [float(known[name]) for name in self.hyperparameters]
         try:
             results = self._all(shape, *arguments)
-        except (ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError, TypeError):  # a TypeError: complex numbers have no order
             self._find_undefined(known, shape, arguments)
             raise
         largest = LARGEST[dtype]
@@ -85,7 +86,7 @@ class ScalarExpressions:
         for place, expression in enumerate(self._texts):
             try:
                 self._compile(expression)(shape, *arguments)
-            except (ArithmeticError, ValueError) as error:
+            except (ArithmeticError, ValueError, TypeError) as error:
                 raise self._error(place, f"undefined ({error})", known) from None
 
     def _error(self, place: int, what: str, known: Mapping[str, float]) -> NonFiniteScalarError:

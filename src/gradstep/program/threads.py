@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gradstep.errors import ArgumentTypeError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
@@ -99,11 +99,14 @@ class Pool:
 
     def _run_together(self, function: Callable[[int], object], job: int) -> None:
         self._resize(self.threads - 1)
-        for worker in self._workers:
-            worker.start(function, job)
-        function(job)
-        for worker in self._workers:
-            worker.wait()
+        started: list[Worker] = []
+        try:
+            for worker in self._workers:
+                worker.start(function, job)
+                started.append(worker)
+            function(job)
+        finally:
+            _collect(started)
 
     def _resize(self, count: int) -> None:
         while len(self._workers) > count:
@@ -111,6 +114,15 @@ class Pool:
         with contextlib.suppress(RuntimeError, MemoryError):  # no more threads to be had: fewer do the work
             while len(self._workers) < count:
                 self._workers.append(Worker())
+
+
+def _collect(workers: Sequence[Worker]) -> None:
+    """Wait for all of them, whatever is raised meanwhile: they use the caller's memory."""
+    if workers:
+        try:
+            workers[0].wait()
+        finally:
+            _collect(workers[1:])
 
 
 pool = Pool()

@@ -34,8 +34,9 @@ class Adafactor(RuleOptimizer):
     beta2  = 1 - t**decay_rate
     row    = beta2 * row + (1 - beta2) * mean(g**2 + eps[0], axis=-1)         from two dimensions on,
     col    = beta2 * col + (1 - beta2) * mean(g**2 + eps[0], axis=-2)         per leading index
-    update = g / sqrt(row / mean(row)) / sqrt(col)                            else g / sqrt(v)
+    update = g / (sqrt(row / mean(row)) * sqrt(col))                          else g / sqrt(v)
     update = rho * update / max(1, rms(update) / clip_threshold)
+    m      = update = beta_1 * m + (1 - beta_1) * update                      only with beta_1
     w      = w - weight_decay * rho * w - update
     ```
 

@@ -1,4 +1,4 @@
-"""The base of every optimizer that is a rule: fields, slots and pure math; state and scalars are kept here."""
+"""The base of every optimizer that is a rule: fields, slots and pure math become a constructor and attributes."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from gradstep.hyperparameters import (
     pair,
     scalar,
 )
-from gradstep.optimizer import Optimizer, Result
+from gradstep.optimizer import Optimizer
 from gradstep.options import ClipNorm, NonFinite, clip_norm_option, nonfinite_option
 from gradstep.program.graph import Kind
 from gradstep.state import StateView
@@ -125,17 +125,16 @@ class RuleOptimizer(Declarative, Optimizer):
         return [(self._leaf, list(params))]
 
     def _forget_routes(self) -> None:
-        """There are none."""
+        pass  # everything goes here
 
     def _check_options(self) -> None:
-        """Alone, all go together."""
+        pass  # without children, no options contradict each other
 
-    def _exclusively(self, body: Callable[[], Result]) -> Result:
-        with self._lock:
-            return body()
+    def _family(self) -> list[Optimizer]:
+        return [self]
 
     def _count_step(self) -> None:
-        """The leaf counts."""
+        pass  # `step` is counted with the state
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._leaf.settings.given.items())

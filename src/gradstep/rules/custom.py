@@ -60,8 +60,8 @@ def rule(function: Callable[..., Any] | None = None, /, *, static: Iterable[str]
     """
     if isinstance(static, str):
         raise RuleError(f'static must be a list of names, got the text {static!r}: write static=["{static}"]')
-    if function is not None and not callable(function):
-        raise RuleError(f"@gs.rule takes a function, got {function!r}")
+    if function is not None and not inspect.isfunction(function):
+        raise RuleError(f"@gs.rule takes a function that was written with def, got {function!r}")
     make = partial(_make, static=frozenset(static))
     return make if function is None else make(function)
 

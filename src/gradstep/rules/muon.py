@@ -13,10 +13,11 @@ class Muon(RuleOptimizer):
     g      = g + weight_decay * w
     v      = momentum * v + (1 - momentum) * g
     update = (1 - momentum) * g + momentum * v with Nesterov, else v
-    w      = w - learning_rate * sqrt(max(1, rows / columns)) * orthogonalize(update)
+    w      = w - learning_rate * sqrt(max(1, d[-2] / d[-1])) * orthogonalize(update)
     ```
 
-    Parameters of more than two dimensions are flattened to (rows, rest); those of fewer take the plain update
+    `d` is the shape of `w`. Parameters of more than two dimensions are flattened to (d[0], rest) to be
+    orthogonalized; those of fewer take the plain update
     and are better given to another optimizer: see `MultiOptimizer`.
 
     Args:

@@ -1,6 +1,7 @@
 """Tensors of one optimizer that run the same program: their tables, their scratch, and the run through all sweeps."""
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from gradstep.arrays.library import ArrayLibrary
 from gradstep.arrays.memory import Integers
 from gradstep.program.compiler import compile_kernel
 from gradstep.program.graph import Kind, Symbol
-from gradstep.program.kernel import ROWS, KernelSource, emit
+from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
 from gradstep.program.program import Program, place_of, small_leaves
 from gradstep.step.launch import Doubles, Launch, flat_chunks, matrix_chunks
@@ -74,7 +75,7 @@ class Batch:
         self._rows: Integers = np.zeros(len(self.matches), np.int64)
         self._row_owners: list[int] = []
         self._expected_step = -1
-        self._known: object = None
+        self._known: bytes | None = None
 
     def _launch(self, level: int) -> Launch:
         sweep = self.program.sweeps[level]
@@ -89,7 +90,7 @@ class Batch:
             rows=self._rows, scalars=self._scalars, dimensions=self._dimensions,
         )  # fmt: skip
         for reduction in sweep.reductions:
-            place = f"{reduction.op}:{reduction.index}"
+            place = place_of(reduction)
             self._sums[place] = [self._sum_buffer(reduction, i) for i in range(len(self.matches))]
             launch.place(place, _addresses(self._sums[place]), sums=True)
         for leaf in small_leaves(sweep):
@@ -143,11 +144,6 @@ class Batch:
         for launch in self._launches:
             launch.place(place, addresses)
 
-    @property
-    def sources(self) -> list[KernelSource]:
-        """The kernels' sources, in the order of the sweeps."""
-        return [launch.kernel.source for launch in self._launches]
-
     # What is done for each step
 
     def move(self, place: str, addresses: Integers) -> None:
@@ -197,13 +193,14 @@ class Batch:
         if self.leaf.step != self._expected_step:  # not the step after this plan's last: counts may have parted
             self._share_rows()
         known = {**self.leaf.scalars(), "clip_scale": clip_scale}
-        if known == self._known:
+        bits = struct.pack(f"{len(known)}d", *known.values())  # tells 0.0 from -0.0
+        if bits == self._known:
             return
         self._known = None  # until the table has been filled
         for row, tensor in enumerate(self._row_owners):
             count = {"t": self.leaf.count(self._ledger_rows[tensor]) + 1}
             self._scalars[row] = program.evaluate(known | count, self._shapes[tensor], self.dtype)
-        self._known = None if self._needs_count else known
+        self._known = None if self._needs_count else bits
 
     def _share_rows(self) -> None:
         """Give one row of scalars to all tensors for which they are equal."""
@@ -233,7 +230,7 @@ class Batch:
         """Turn the sums that the sweep left behind into statistics, and run the matrix operations after it."""
         number_type = np.dtype(self.dtype).type
         for reduction in self.program.sweeps[level].reductions:
-            for i, sums in enumerate(self._sums[f"{reduction.op}:{reduction.index}"]):
+            for i, sums in enumerate(self._sums[place_of(reduction)]):
                 if reduction.kind is Kind.WHOLE:
                     value: Any = number_type(whole_statistic(reduction.op, sums, int(self.sizes[i])))
                 else:

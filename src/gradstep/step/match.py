@@ -115,6 +115,8 @@ def _check_slot(library: ArrayLibrary, name: str, slot: str, array: Any, shape: 
             f"{what} is a {type(array).__module__}.{type(array).__name__}, but the parameter now belongs to "
             f"{library.name}; {remedy}"
         ) from None
+    if not memory.writable:
+        raise ReadOnlyError(f"{what} has been made read-only; undo it with .setflags(write=True), or {remedy}")
     if memory.shape != shape:
         raise ShapeError(f"{what} has shape {memory.shape}, but params[{name!r}] now needs {shape}; {remedy}")
     if memory.dtype != dtype:

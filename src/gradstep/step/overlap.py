@@ -1,12 +1,15 @@
 """Whether memory that a step writes overlaps other memory of the step."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+from gradstep.arrays.library import ArrayLibrary
 from gradstep.arrays.memory import Integers, Memory, as_array
-from gradstep.errors import AliasedParametersError
+from gradstep.errors import AliasedParametersError, GradstepError
+from gradstep.step.match import check_parameter
 
 Places: TypeAlias = Mapping[str, Memory]
 
@@ -76,3 +79,17 @@ class Extents:
             f"{one} and {other} overlap in memory, and a step would write there; pass shared memory once, under "
             "one name (for tied weights: one entry, with the sum of the gradients), or copy one of the two"
         )
+
+
+def refuse_overlap(library: ArrayLibrary, written: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+    """Raise if parameters that are written overlap each other, or one that is to stay as it is.
+
+    What is kept may be anything: what the library cannot train is left out.
+    """
+    places = {f"params[{name!r}]": check_parameter(library, name, array) for name, array in written.items()}
+    others: dict[str, Memory] = {}
+    for name, array in kept.items():
+        with contextlib.suppress(GradstepError, AttributeError, TypeError):
+            others[f"params[{name!r}]"] = library.describe(array, name)
+    addresses = [np.array([m.address for m in some.values()], np.int64) for some in (places, others)]
+    Extents(places, others, {}).check(*addresses)

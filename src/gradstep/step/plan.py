@@ -66,6 +66,7 @@ class Plan:
         places = {name: place for place, name in enumerate(self.names)}
         self._members = [np.array([places[m.name] for m in batch.matches], np.int64) for batch in self.batches]
         self._member_lists = [members.tolist() for members in self._members]
+        self.slot_addresses = _addresses([m.memory[slot] for m in self.matches for slot in m.slots])
         self._inspectors: list[Inspector] | None = None
         self.written_slots = [array for m in self.matches for array in m.slots.values()]
 

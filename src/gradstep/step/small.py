@@ -23,7 +23,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 class SmallValues:
     """Evaluates symbols below full size in the compute dtype, each once.
 
-    `known` gives arrays, statistics and scalars by symbol index; one tensor, or one entry per tensor.
+    `known` gives one tensor's arrays, statistics and scalars by symbol index.
     """
 
     def __init__(self, dtype: str, known: Mapping[int, Any]) -> None:
