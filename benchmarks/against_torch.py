@@ -83,6 +83,7 @@ def main() -> None:
     case("Muon 1024x1024 / bfloat16", lambda: same_step(gs.Muon(1e-3), lambda p: o.Muon(p, 1e-3), (1024, 1024)))
     cases["500 small tensors / fused"] = lambda: many_small(500, 1000, 40)
 
+    gs.set_num_threads(torch.get_num_threads())
     print(machine.describe("torch"))
     print(f"{n:,} float32 elements, {torch.get_num_threads()} threads each side, median of {options.rounds} rounds\n")
     print(f"{'gradstep / torch':30}{'gradstep ms':>13}{'torch ms':>11}{'ratio':>8}")

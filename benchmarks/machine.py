@@ -14,7 +14,11 @@ def describe(*packages: str) -> str:
     cpus = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     model = cpus[0] if cpus else platform.processor() or platform.machine()
     versions = ", ".join(f"{name} {version(name)}" for name in ("gradstep", "numpy", "llvmlite", *packages))
-    return f"{model}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, {versions}"
+    return f"{model}, {_cores()} cores; Python {platform.python_version()}, {versions}"
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _cpuinfo() -> list[str]:

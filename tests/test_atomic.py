@@ -432,6 +432,38 @@ def test_tensors_that_share_memory_are_refused(make: Any) -> None:
     assert all(bool((tensor == 1).all()) for tensor in params.values())
 
 
+def test_gradients_are_checked_wherever_they_move() -> None:
+    memory = np.zeros(64)
+    opt = gs.SGD(0.1, momentum=0.9)
+    params = {"a": memory[8:12], "b": memory[20:24], "c": memory[40:41]}
+    grads = {name: np.zeros(array.shape) for name, array in params.items()}
+    opt.apply_gradients(grads, params)
+    written = [*params.values(), *(slots["v"] for slots in opt.state.values())]
+    refused = []
+    for start in range(61):
+        grads["b"] = memory[start : start + 4]
+        overlapping = any(np.shares_memory(grads["b"], array) for array in written)
+        with pytest.raises(gs.AliasedParametersError) if overlapping else contextlib.nullcontext():
+            opt.apply_gradients(grads, params)
+        refused.append(overlapping)
+    assert sum(refused) == 7 + 7 + 4
+    assert opt.step == 1 + 61 - sum(refused)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_parameter_without_a_gradient_must_not_share_memory_with_one_that_moves(warm: bool) -> None:
+    opt = gs.SGD(0.1)
+    w = buffer()
+    params = {"tied": w[:4], "w": buffer()[:4], "other": np.arange(3)}
+    if warm:
+        opt.apply_gradients({"w": buffer()[:4], "tied": buffer()[:4]}, params)
+    params["w"] = w[2:6]
+    before = w.copy()
+    with pytest.raises(gs.AliasedParametersError, match=r"params\['tied'\] and params\['w'\]"):
+        opt.apply_gradients({"w": buffer()[:4]}, params)
+    assert (w == before).all()
+
+
 # Failures of the machine
 
 

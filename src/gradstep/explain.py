@@ -8,7 +8,7 @@ from gradstep.program.compiler import module_ir
 from gradstep.program.formulas import spell
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import emit
-from gradstep.program.program import Program, Sweep, is_leaf, place_of
+from gradstep.program.program import Program, Sweep, is_input, place_of
 from gradstep.program.values import BYTES
 
 
@@ -69,7 +69,7 @@ def _headline(program: Program, ndim: int, dtype: str) -> str:
 
 
 def _arrays(sweep: Sweep) -> list[Symbol]:
-    return [leaf for leaf in sweep.leaves if leaf.kind is Kind.FULL]
+    return [source for source in sweep.inputs if source.kind is Kind.FULL]
 
 
 class _Text:
@@ -79,7 +79,7 @@ class _Text:
         self._program = program
         self._names: dict[int, str] = {}
         self._counts: Counter[str] = Counter()
-        self._new = {value.index: f"{place}'" for place, value in program.outputs.items() if not is_leaf(value)}
+        self._new = {value.index: f"{place}'" for place, value in program.outputs.items() if not is_input(value)}
         self._new |= {value.index: f"{slot}'" for slot, value in program.small_outputs.items()}
 
     def scalars(self, dtype: str) -> list[str]:
@@ -93,7 +93,7 @@ class _Text:
     def sweep(self, sweep: Sweep, number: int) -> list[str]:
         """What a pass over the elements reads, sums and writes."""
         stored = {store.value.index: store.place for store in sweep.stores}
-        reads = " ".join(self._names.get(leaf.index, place_of(leaf)) for leaf in _arrays(sweep))
+        reads = " ".join(self._names.get(source.index, place_of(source)) for source in _arrays(sweep))
         writes = " ".join(place if place in self._program.outputs else "scratch" for place in stored.values())
         lines = [f"  sweep {number + 1} reads {reads}" + (f", writes {writes}:" if writes else ":")]
         uses = Counter(arg.index for symbol in sweep.body for arg in symbol.args)
@@ -120,7 +120,7 @@ class _Text:
         for symbol in self._program.matrices[number]:
             lines.append(self._line(symbol, self._fresh("matrix"), " on the array library"))
         for symbol in self._program.symbols:
-            small = is_leaf(symbol) and symbol.kind not in (Kind.FULL, Kind.HOST)
+            small = is_input(symbol) and symbol.kind not in (Kind.FULL, Kind.HOST)
             known = self._program.levels[symbol.index] <= number + 1
             if small and known and symbol.index in self._new and symbol.index not in self._names:
                 lines.append(self._line(symbol, self._new[symbol.index]))

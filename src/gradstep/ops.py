@@ -33,37 +33,87 @@ def sqrt(x: Any) -> Any:
 
 
 def abs(x: Any) -> Any:
-    """The absolute value."""
+    """The absolute value.
+
+    Example:
+        >>> import gradstep as gs
+        >>> gs.abs(-2.0)
+        2.0
+    """
     return _apply("abs", x)
 
 
 def sign(x: Any) -> Any:
-    """-1, 0 or 1; +0 for zeros of both signs, NaN for NaN."""
+    """-1, 0 or 1; +0 for zeros of both signs, NaN for NaN.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> gs.sign(np.array([-3.0, -0.0, 2.0]))
+        array([-1.,  0.,  1.])
+    """
     return _apply("sign", x)
 
 
 def exp(x: Any) -> Any:
-    """The exponential; equal across executors only within a few ulp."""
+    """The exponential; equal across executors only within a few ulp.
+
+    Example:
+        >>> import gradstep as gs
+        >>> gs.exp(0.0)
+        1.0
+    """
     return _apply("exp", x)
 
 
 def log(x: Any) -> Any:
-    """The natural logarithm; equal across executors only within a few ulp."""
+    """The natural logarithm; equal across executors only within a few ulp.
+
+    Example:
+        >>> import gradstep as gs
+        >>> gs.log(1.0)
+        0.0
+    """
     return _apply("log", x)
 
 
 def minimum(x: Any, y: Any) -> Any:
-    """The smaller one; NaN when either is NaN."""
+    """The smaller one, element by element; NaN when either is NaN.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> gs.minimum(np.array([1.0, 3.0]), 2.0)
+        array([1., 2.])
+    """
     return _apply("minimum", x, y)
 
 
 def maximum(x: Any, y: Any) -> Any:
-    """The larger one; NaN when either is NaN."""
+    """The larger one, element by element; NaN when either is NaN.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> gs.maximum(np.array([1.0, 3.0]), 2.0)
+        array([2., 3.])
+    """
     return _apply("maximum", x, y)
 
 
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """`x` where the condition holds, else `y`. At least one branch is an array."""
+    """`x` where the condition holds, else `y`, element by element.
+
+    Args:
+        condition: a comparison.
+        x, y: arrays or numbers, at least one of them an array.
+
+    Raises:
+        RuleError: both branches are plain numbers, or the condition is no comparison.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> g = np.array([1.0, -1.0])
+        >>> gs.where(g > 0, 2 * g, g)
+        array([ 2., -1.])
+    """
     if type(condition) is not bool and all(type(branch) in NUMBERS for branch in (x, y)):
         raise RuleError(
             "where(condition, x, y) with two plain numbers has no dtype; "
@@ -77,6 +127,18 @@ def mean(x: Any, axis: int | None = None) -> Any:
 
     Sums run in float64 over fixed blocks in C order, so no number of threads changes the result;
     it is rounded once to the dtype of `x`. The mean of nothing is 0.
+
+    Args:
+        x: an array, of at least two dimensions when `axis` is given.
+        axis: None, -1 or -2.
+
+    Raises:
+        RuleError: another axis, or one that has been reduced already.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> float(gs.mean(np.array([1.0, 2.0]))), gs.mean(np.array([[1.0, 3.0]]), axis=-1)
+        (1.5, array([[2.]]))
     """
     if axis not in (None, -1, -2):
         raise RuleError(f"mean(x, axis) takes None, -1 or -2, got {axis!r}")
@@ -90,7 +152,13 @@ def mean(x: Any, axis: int | None = None) -> Any:
 
 
 def rms(x: Any) -> Any:
-    """The root of the mean square over the whole tensor; summed like `mean`."""
+    """The root of the mean square over the whole tensor; summed like `mean`.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> float(gs.rms(np.array([2.0, -2.0])))
+        2.0
+    """
     if isinstance(x, Symbol):
         return x.trace.whole("rms", x)
     array = _as_numpy(x, "rms")
@@ -98,7 +166,13 @@ def rms(x: Any) -> Any:
 
 
 def norm(x: Any) -> Any:
-    """The Euclidean norm of the whole tensor; summed like `mean`."""
+    """The Euclidean norm of the whole tensor; summed like `mean`.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> float(gs.norm(np.array([3.0, 4.0])))
+        5.0
+    """
     if isinstance(x, Symbol):
         return x.trace.whole("norm", x)
     array = _as_numpy(x, "norm")
@@ -106,7 +180,16 @@ def norm(x: Any) -> Any:
 
 
 def orthogonalize(x: Any, steps: int = 5) -> Any:
-    """The nearest (semi-)orthogonal matrix to `x`, roughly, by Newton-Schulz iterations; flattened to (rows, rest).
+    """The nearest (semi-)orthogonal matrix to `x`, roughly, by Newton-Schulz iterations.
+
+    Args:
+        x: an array of at least two dimensions; more are flattened to (first, rest) meanwhile.
+        steps: the number of iterations.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> bool(abs(gs.orthogonalize(np.diag([5.0, 1.0])) - np.eye(2)).max() < 0.5)
+        True
 
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
     """

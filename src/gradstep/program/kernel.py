@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from gradstep.program.blocks import BLOCK, LANES
 from gradstep.program.graph import Kind, Symbol
-from gradstep.program.program import Program, Sweep, dense_places, place_of, small_leaves
+from gradstep.program.program import Program, Sweep, dense_places, place_of, small_inputs
 from gradstep.program.values import BYTES, TYPES, Code, Values, splat, vector
 
 ROWS = 64
@@ -57,7 +57,7 @@ class _Emitter:
     def __post_init__(self) -> None:
         self.operands = [
             *(Operand(p, Kind.FULL, self.storage.get(p, self.dtype)) for p in dense_places([self.sweep])),
-            *(Operand(place_of(leaf), leaf.kind, self.dtype) for leaf in small_leaves(self.sweep)),
+            *(Operand(place_of(source), source.kind, self.dtype) for source in small_inputs(self.sweep)),
             *(sum_operand(reduction) for reduction in self.sweep.reductions),
         ]
         self.places = {(operand.place, operand.sums): number for number, operand in enumerate(self.operands)}
@@ -206,11 +206,13 @@ class _Emitter:
         """Load, compute, sum and store at one position; all loads come before all stores."""
         code = self.code
         known = dict(self.known[lanes])
-        for leaf in self.sweep.leaves:
-            if leaf.kind is Kind.FULL:
-                known[leaf.index] = self._load(place_of(leaf), index, lanes)
-            elif leaf.kind is Kind.COLUMN:
-                known[leaf.index] = self._load(place_of(leaf), code.let(f"add i64 {index}, {shifts[leaf.kind]}"), lanes)
+        for source in self.sweep.inputs:
+            if source.kind is Kind.FULL:
+                known[source.index] = self._load(place_of(source), index, lanes)
+            elif source.kind is Kind.COLUMN:
+                known[source.index] = self._load(
+                    place_of(source), code.let(f"add i64 {index}, {shifts[source.kind]}"), lanes
+                )
         values = Values(code, self.dtype, lanes, known)
         for symbol in self.sweep.body:
             _ = values[symbol]
@@ -254,26 +256,26 @@ class _Emitter:
 
     def _load_scalars(self) -> None:
         code, places = self.code, self.program.scalar_places
-        used = [leaf for leaf in self.sweep.leaves if leaf.kind is Kind.HOST and leaf.op != "constant"]
+        used = [source for source in self.sweep.inputs if source.kind is Kind.HOST and source.op != "constant"]
         if not used:
             return
         row = code.let(f"load i64, ptr {code.let('getelementptr i64, ptr %rows, i64 %tensor')}")
         start = code.let(f"mul i64 {row}, {len(places)}")
-        for leaf in used:
-            place = code.let(f"add i64 {start}, {places[leaf.index]}")
+        for source in used:
+            place = code.let(f"add i64 {start}, {places[source.index]}")
             value = code.let(f"load double, ptr {code.let(f'getelementptr double, ptr %scalars, i64 {place}')}")
             if self.dtype != "float64":
                 value = code.let(f"fptrunc double {value} to {TYPES[self.dtype]}")
-            self._know(leaf, value)
+            self._know(source, value)
 
     def _load_small(self, kind: Kind, index: str) -> None:
-        for leaf in small_leaves(self.sweep):
-            if leaf.kind is kind:
-                self._know(leaf, self._load(place_of(leaf), index, 1))
+        for source in small_inputs(self.sweep):
+            if source.kind is kind:
+                self._know(source, self._load(place_of(source), index, 1))
 
-    def _know(self, leaf: Symbol, value: str) -> None:
+    def _know(self, source: Symbol, value: str) -> None:
         for lanes, known in self.known.items():
-            known[leaf.index] = splat(self.code, TYPES[self.dtype], value, lanes)
+            known[source.index] = splat(self.code, TYPES[self.dtype], value, lanes)
 
     def _address(self, number: int, index: str) -> str:
         element = TYPES[self.operands[number].dtype]

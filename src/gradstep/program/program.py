@@ -32,12 +32,12 @@ class Sweep:
     @cached_property
     def body(self) -> list[Symbol]:
         """The operations on every element, each after its arguments."""
-        return [symbol for symbol in self._visited if not is_leaf(symbol)]
+        return [symbol for symbol in self._visited if not is_input(symbol)]
 
     @cached_property
-    def leaves(self) -> list[Symbol]:
+    def inputs(self) -> list[Symbol]:
         """The arrays and small values that the operations read, and scalars."""
-        return [symbol for symbol in self._visited if is_leaf(symbol)]
+        return [symbol for symbol in self._visited if is_input(symbol)]
 
     @cached_property
     def _visited(self) -> list[Symbol]:
@@ -47,18 +47,18 @@ class Sweep:
             symbol = stack.pop()
             if symbol.index not in seen:
                 seen[symbol.index] = symbol
-                if not is_leaf(symbol):
+                if not is_input(symbol):
                     stack.extend(symbol.args)
         return [seen[index] for index in sorted(seen)]
 
 
-def is_leaf(symbol: Symbol) -> bool:
+def is_input(symbol: Symbol) -> bool:
     """Whether a sweep takes the value from memory or from the scalars instead of computing it."""
     return symbol.kind is not Kind.FULL or symbol.op in ("array", "orthogonalize")
 
 
 def place_of(symbol: Symbol) -> str:
-    """The name of the array that holds a leaf's value."""
+    """The name of the array that holds an input's value."""
     return symbol.attribute if symbol.op == "array" else f"{symbol.op}:{symbol.index}"
 
 
@@ -162,20 +162,20 @@ def is_unchanged(place: str, value: Symbol) -> bool:
     return value.op == "array" and value.attribute == place
 
 
-def small_leaves(sweep: Sweep) -> Iterator[Symbol]:
+def small_inputs(sweep: Sweep) -> Iterator[Symbol]:
     """The values of a sweep that are smaller than the parameter but no scalars."""
-    for leaf in sweep.leaves:
-        if leaf.kind not in (Kind.FULL, Kind.HOST):
-            yield leaf
+    for source in sweep.inputs:
+        if source.kind not in (Kind.FULL, Kind.HOST):
+            yield source
 
 
 def dense_places(sweeps: Iterable[Sweep]) -> list[str]:
     """The full-size arrays that the sweeps read or write, in a stable order."""
     places: dict[str, None] = {}
     for sweep in sweeps:
-        for leaf in sweep.leaves:
-            if leaf.kind is Kind.FULL:
-                places[place_of(leaf)] = None
+        for source in sweep.inputs:
+            if source.kind is Kind.FULL:
+                places[place_of(source)] = None
         for store in sweep.stores:
             places[store.place] = None
     return list(places)

@@ -13,7 +13,7 @@ from gradstep.program.compiler import compile_kernel
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
-from gradstep.program.program import Program, place_of, small_leaves
+from gradstep.program.program import Program, place_of, small_inputs
 from gradstep.step.launch import Doubles, Launch, flat_chunks, matrix_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
@@ -93,12 +93,12 @@ class Batch:
             place = place_of(reduction)
             self._sums[place] = [self._sum_buffer(reduction, i) for i in range(len(self.matches))]
             launch.place(place, _addresses(self._sums[place]), sums=True)
-        for leaf in small_leaves(sweep):
-            if place_of(leaf) not in self._small:
-                self._small[place_of(leaf)] = [
-                    np.zeros(self._small_shape(leaf.kind, i), self.dtype) for i in range(len(self.matches))
+        for source in small_inputs(sweep):
+            if place_of(source) not in self._small:
+                self._small[place_of(source)] = [
+                    np.zeros(self._small_shape(source.kind, i), self.dtype) for i in range(len(self.matches))
                 ]
-            launch.place(place_of(leaf), _addresses(self._small[place_of(leaf)]))
+            launch.place(place_of(source), _addresses(self._small[place_of(source)]))
         return launch
 
     def _small_shape(self, kind: Kind, tensor: int) -> tuple[int, ...]:
@@ -243,9 +243,9 @@ class Batch:
 
     def _hand_on(self, level: int, values: list[SmallValues]) -> None:
         """Put the small values that the next sweep reads where its kernel finds them."""
-        for leaf in small_leaves(self.program.sweeps[level]):
-            for value, buffer in zip(values, self._small[place_of(leaf)], strict=True):
-                np.copyto(buffer, value[leaf])
+        for source in small_inputs(self.program.sweeps[level]):
+            for value, buffer in zip(values, self._small[place_of(source)], strict=True):
+                np.copyto(buffer, value[source])
 
     def _small_results(self, values: list[SmallValues]) -> list[tuple[Array, Array]]:
         """Each slot of rows or columns, and its new value. An empty parameter has no statistics to keep."""
