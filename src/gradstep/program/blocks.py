@@ -1,8 +1,8 @@
 """Whole-tensor sums: float64, over fixed blocks in C order, equal bits for any number of threads.
 
-A block is `BLOCK` consecutive elements. Element `i` of a block is added to lane `i % LANES`; the lanes are
-added in order; the sums of all blocks are added exactly (`math.fsum`). Kernels follow the same definition, except in programs that
-also have statistics of rows or columns: these sum row by row, in blocks of 64 rows.
+A block is `BLOCK` consecutive elements. Element `i` of a block is added to lane `i % LANES`; the lanes are added in
+order; the sums of all blocks are added exactly (`math.fsum`). Kernels follow the same definition, except in programs
+that also have statistics of rows or columns: these sum row by row, in blocks of 64 rows.
 """
 
 import math
