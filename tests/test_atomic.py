@@ -789,6 +789,23 @@ def test_ctrl_c_while_several_threads_work(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_other_signals_whose_handlers_raise_wait_too(number: signal.Signals) -> None:
+    def handler(*_: object) -> None:
+        raise InjectedError
+
+    def strike() -> None:
+        signal.raise_signal(number)
+
+    previous = signal.signal(number, handler)
+    try:
+        strike_later_steps(lambda: Training(flat(), numpy_arrays), strike)
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_handler_of_ones_own_is_called_once_and_kept() -> None:
     calls: list[int] = []
 

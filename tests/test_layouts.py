@@ -245,6 +245,16 @@ def test_tensors_of_any_layout_give_what_numpy_gives(cls: Any, layout: str) -> N
         assert same(w, expected["w"])
 
 
+def test_a_tensor_may_change_its_layout_between_steps() -> None:
+    opt, plain = gs.Adam(0.1), gs.Adam(0.1)
+    w, expected = torch.nn.Parameter(torch.from_numpy(values(*SHAPE))), {"w": values(*SHAPE)}
+    for seed, layout in enumerate([*TENSORS.values(), *reversed(TENSORS.values())]):
+        w.data = layout(w.data.clone())
+        opt.apply_gradients({"w": torch.from_numpy(values(*SHAPE, seed=seed))}, {"w": w})
+        plain.apply_gradients({"w": values(*SHAPE, seed=seed)}, expected)
+        assert same(w.detach(), expected["w"])
+
+
 def test_slots_of_channels_last_tensors_are_channels_last() -> None:
     opt = gs.Adam(0.1)
     w = torch.ones(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)

@@ -471,6 +471,19 @@ def test_an_array_that_was_resized_in_place_is_noticed() -> None:
     assert (w[4:] == -1).all()
 
 
+def test_an_array_that_became_read_only_is_noticed() -> None:
+    opt = gs.SGD(1.0)
+    w = ones(4)
+    opt.apply_gradients({"w": ones(4)}, {"w": w})
+    w.flags.writeable = False
+    with pytest.raises(gs.ReadOnlyError, match=r"params\['w'\] is read-only.*setflags"):
+        opt.apply_gradients({"w": ones(4)}, {"w": w})
+    assert (w == 0).all()
+    w.flags.writeable = True
+    opt.apply_gradients({"w": ones(4)}, {"w": w})
+    assert (w == -1).all()
+
+
 def test_a_changed_shape_tells_to_init() -> None:
     opt = gs.Adam(0.1)
     opt.apply_gradients({"w": ones(4)}, {"w": ones(4)})
