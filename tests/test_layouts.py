@@ -334,11 +334,16 @@ def on_meta() -> Any:
     return torch.ones(2, device="meta")
 
 
+def integer() -> Any:
+    return torch.ones(2, dtype=torch.int32)
+
+
 REFUSED = {
     negated: (gs.ArgumentTypeError, "negated.*resolve_neg"),
     imaginary_part_of_a_conjugate: (gs.ArgumentTypeError, "negated.*resolve_neg"),
     sparse: (gs.ArgumentTypeError, r"sparse.*\.to_dense\(\)"),
     on_meta: (gs.DeviceError, r"meta.*\.cpu\(\)"),
+    integer: (gs.DtypeError, r"int32.*\.float\(\)"),
 }
 
 

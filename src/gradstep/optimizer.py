@@ -9,7 +9,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, cast
 
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
@@ -29,6 +29,7 @@ from gradstep.tree import named_arrays
 
 Params = TypeVar("Params")
 Result = TypeVar("Result")
+Planned: TypeAlias = tuple[Plan, list[Any], list[Any]]
 
 
 class Optimizer(ABC):
@@ -157,10 +158,8 @@ class Optimizer(ABC):
         return params
 
     def _take_step(self, grads: object, params: object) -> None:
-        named = named_arrays(params, "params")
-        wanted = named_arrays(grads, "grads")
         self._resolve()
-        plan, parameters, gradients = self._planned(named, wanted)
+        plan, parameters, gradients = self._planned(grads, params)
         plan.gather(parameters, gradients)
         inspection = self._inspect(plan, gradients)
         culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
@@ -202,16 +201,34 @@ class Optimizer(ABC):
         with IeeeArithmetic():
             return plan.inspect(gradients)
 
-    def _planned(self, named: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Plan, list[Any], list[Any]]:
+    def _planned(self, grads: object, params: object) -> Planned:
         """The plan for these arrays, and the arrays in its order."""
-        key = (list(wanted), list(named), self._clip_norm is not None, [leaf.epoch for leaf in self._leaves()])
+        as_before = self._planned_before(grads, params)  # flat and named as planned: there are no names to make
+        if as_before is not None:
+            return as_before
+        named, wanted = named_arrays(params, "params"), named_arrays(grads, "grads")
+        return self._planned_before(wanted, named) or self._plan_anew(wanted, named)
+
+    def _planned_before(self, grads: object, params: object) -> Planned | None:
+        """The last plan, if it was for such arrays under such names and its step succeeded."""
         cached = self._plan
-        if cached is not None and cached.plan.published and cached.key == key:
-            parameters, gradients = _pick(named, cached.plan.names), [wanted[name] for name in cached.plan.names]
-            places = cached.locate(parameters, gradients)
-            if places is not None:
-                cached.plan.move(*places)
-                return cached.plan, parameters, gradients
+        if cached is None or not cached.plan.published or type(grads) is not dict or type(params) is not dict:
+            return None
+        named, wanted = cast("dict[str, Any]", params), cast("dict[str, Any]", grads)
+        if cached.key != self._plan_key(wanted, named):
+            return None
+        names = cached.plan.names
+        parameters, gradients = [named[name] for name in names], [wanted[name] for name in names]
+        places = cached.locate(parameters, gradients)
+        if places is None:
+            return None
+        cached.plan.move(*places)
+        return cached.plan, parameters, gradients
+
+    def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> object:
+        return list(wanted), list(named), self._clip_norm is not None, [leaf.epoch for leaf in self._leaves()]
+
+    def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> Planned:
         self._plan = None  # its scratch is free before the next plan takes its own
         chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
         library = recognise(params=chosen, grads=wanted)
@@ -219,7 +236,7 @@ class Optimizer(ABC):
         shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
         plan = Plan(library, shares, chosen, wanted, clipped=self._clip_norm is not None)
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
-        self._plan = _CachedPlan(key, plan, parameters, gradients)
+        self._plan = _CachedPlan(self._plan_key(wanted, named), plan, parameters, gradients)
         return plan, parameters, gradients
 
     @property
@@ -302,15 +319,16 @@ class _CachedPlan:
     def __init__(self, key: object, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
         self.key, self.plan = key, plan
         watch = plan.library.watch
-        self._watches = watch(parameters), watch(gradients), watch(plan.written_slots)
+        self._watches = watch(parameters), watch(gradients)
+        self._slots = watch(plan.written_slots, same=True)
 
     def locate(self, parameters: list[Any], gradients: list[Any]) -> tuple[Integers, Integers] | None:
         """The addresses of arrays of the types, shapes, strides and dtypes that were planned; else None.
 
         Slots must lie where they lay: their owner hands them out, and a user can move them.
         """
-        arrays = (parameters, gradients, self.plan.written_slots)
-        first, second, slots = (watch.locate(some) for watch, some in zip(self._watches, arrays, strict=True))
+        first, second = self._watches[0].locate(parameters), self._watches[1].locate(gradients)
+        slots = self._slots.locate(self.plan.written_slots)
         if first is None or second is None or slots is None or (slots != self.plan.slot_addresses).any():
             return None
         return first, second

@@ -117,9 +117,9 @@ class Fallback(Protocol):
 
 
 class ExchangeWatch:
-    """See `Watch`. `refuse` looks for what the exchange table does not show."""
+    """See `Watch`. `refuse` looks for what the exchange table does not show; None for always the same arrays."""
 
-    def __init__(self, describe: int, arrays: Sequence[Any], refuse: Callable[[list[Any]], bool]) -> None:
+    def __init__(self, describe: int, arrays: Sequence[Any], refuse: Callable[[list[Any]], bool] | None) -> None:
         self._describe, self._refuse = describe, refuse
         self._count = len(arrays)
         self._types = list(map(type, arrays))
@@ -135,7 +135,7 @@ class ExchangeWatch:
 
     def locate(self, arrays: list[Any]) -> Integers | None:
         """See `Watch.locate`."""
-        if list(map(type, arrays)) != self._types or self._refuse(arrays):
+        if self._refuse is not None and (list(map(type, arrays)) != self._types or self._refuse(arrays)):
             return None
         addresses = np.empty(self._count, np.int64)
         objects = np.fromiter(arrays, object, self._count)

@@ -27,8 +27,11 @@ class ArrayLibrary(Protocol):
         """Where the array lies; an error that begins with `what` for one that cannot take part."""
         ...
 
-    def watch(self, arrays: list[Any]) -> Watch:
-        """Remember the layouts of arrays that have been described."""
+    def watch(self, arrays: list[Any], *, same: bool = False) -> Watch:
+        """Remember the layouts of arrays that have been described.
+
+        With `same`, always these very objects will be located, so that less can have changed.
+        """
         ...
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:

@@ -30,9 +30,9 @@ class NumPy:
             )
         return Memory(_address(array), array.shape, array.strides, array.dtype.name, array.flags.writeable)
 
-    def watch(self, arrays: list[Array]) -> "Watched":
+    def watch(self, arrays: list[Array], *, same: bool = False) -> "Watched":
         """See `ArrayLibrary.watch`."""
-        return Watched(arrays)
+        return Watched(arrays, same=same)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Array:
         """See `ArrayLibrary.zeros`."""
@@ -54,17 +54,19 @@ class NumPy:
 class Watched:
     """See `Watch`."""
 
-    def __init__(self, arrays: list[Array]) -> None:
-        self._layouts = _layouts(arrays)
+    def __init__(self, arrays: list[Array], *, same: bool) -> None:
+        self._layouts, self._same = _layouts(arrays), same
 
     def locate(self, arrays: list[Array]) -> Integers | None:
         """See `Watch.locate`."""
-        if _layouts(arrays) != self._layouts:
-            return None
         address_of = ctypes.addressof
-        try:
+        if not self._same and _layouts(arrays) != self._layouts:
+            return None
+        try:  # fails for what has become read-only
             return np.array([address_of(_borrow(array)) for array in arrays], np.int64)
         except (TypeError, ValueError, BufferError):  # one is read-only, empty or not in C order
+            if self._same and _layouts(arrays) != self._layouts:
+                return None
             return np.array([_address(array) for array in arrays], np.int64)
 
 

@@ -43,10 +43,10 @@ class Torch:
         itemsize = ITEMSIZES[dtype]
         return Memory(address, tuple(array.shape), tuple(stride * itemsize for stride in array.stride()), dtype)
 
-    def watch(self, arrays: list[Any]) -> "ExchangeWatch | Watched":
+    def watch(self, arrays: list[Any], *, same: bool = False) -> "ExchangeWatch | Watched":
         """See `ArrayLibrary.watch`."""
         describe = _exchange()
-        return ExchangeWatch(describe, arrays, _any_negated) if describe else Watched(arrays)
+        return ExchangeWatch(describe, arrays, None if same else _any_negated) if describe else Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:
         """See `ArrayLibrary.zeros`."""
