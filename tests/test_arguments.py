@@ -153,8 +153,31 @@ def test_a_list_of_numbers_is_told_to_become_an_array(side: str) -> None:
 @pytest.mark.parametrize("side", ["params", "grads"])
 def test_a_module_is_told_to_give_its_parameters(make: Any, side: str) -> None:
     trees = {"params": {}, "grads": {}, side: make()}
-    with pytest.raises(gs.ArgumentTypeError, match=rf"{side}.*Linear.*dict\(model\.named_parameters\(\)\)"):
+    remedy = r"(dict\(model|p\.grad for .* in model)\.named_parameters\(\)"
+    with pytest.raises(gs.ArgumentTypeError, match=rf"{side}.*Linear.*{remedy}"):
         gs.SGD(0.1).apply_gradients(trees["grads"], trees["params"])
+
+
+def test_a_module_in_place_of_gradients_is_told_to_give_its_gradients() -> None:
+    with pytest.raises(gs.ArgumentTypeError, match=r"grads is a module .*p\.grad for name, p in"):
+        gs.SGD(0.1).apply_gradients(torch.nn.Linear(2, 2), {})
+
+
+def test_the_usual_misspellings_of_arguments_are_recognised() -> None:
+    with pytest.raises(gs.ArgumentTypeError, match="lr is called learning_rate here"):
+        gs.AdamW(lr=1e-3)
+    with pytest.raises(gs.ArgumentTypeError, match="weight_deacy is called weight_decay here"):
+        gs.AdamW(1e-3, weight_deacy=0.1)
+
+
+def test_an_error_of_a_users_function_says_whose_it_is() -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        gs.AdamW(1e-3, eps=lambda step: 1 / step)
+    assert "AdamW's eps at step 0" in caught.value.__notes__[0]
+    opt = gs.MultiOptimizer([gs.SGD(0.1), gs.SGD(0.1)], [lambda name: True])
+    with pytest.raises(TypeError) as caught_too:
+        opt.init({"w": ones()})
+    assert "filters[0] for 'w'" in caught_too.value.__notes__[0]
 
 
 def test_an_mlx_module_is_told_to_give_its_parameters() -> None:

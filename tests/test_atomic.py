@@ -44,17 +44,24 @@ Arrays = dict[str, Any]
 
 
 class Training:
-    """An optimizer, its parameters, and gradients that lie elsewhere from one call to the next."""
+    """An optimizer, its parameters, and gradients that lie elsewhere from one call to the next.
+
+    Where the gradients of the call before lay, there is rubbish.
+    """
 
     def __init__(self, opt: Any, arrays: Callable[[int], Arrays], steps: int = 0) -> None:
         self.opt, self.params = opt, arrays(0)
-        self._gradients, self._calls = (arrays(1), arrays(1)), 0
+        self._values, self._places, self._calls = arrays(1), (arrays(1), arrays(1)), 0
         for _ in range(steps):
             self.step()
 
     def gradients(self) -> Arrays:
         self._calls += 1
-        return dict(self._gradients[self._calls % 2])
+        gradients, rubbish = self._places[self._calls % 2], self._places[1 - self._calls % 2]
+        for name, values in self._values.items():
+            gradients[name][...] = values
+            rubbish[name][...] = 99.0
+        return dict(gradients)
 
     def step(self) -> None:
         self.opt.apply_gradients(self.gradients(), self.params)

@@ -327,7 +327,7 @@ BAD_BODIES: dict[str, tuple[Callable[..., Any], str]] = {
     "a NumPy array": (lambda w, g, m, x: (w - np.ones(3) * g, m), "NumPy"),
     "an array on the right": (lambda w, g, m, x: (w - g * np.ones(3), m), "plain floats and integers, got array"),
     "a torch function": (lambda w, g, m, x: (torch.sqrt(w), m), "use gradstep's functions"),
-    "a power": (lambda w, g, m, x: (w - g**2, m), r"write x \* x"),
+    "a power": (lambda w, g, m, x: (w - g**2, m), r"write x \* x, or gs\.sqrt\(x\), instead of"),
     "an item": (lambda w, g, m, x: (w - g[0], m), r"may use \+ - \* /"),
     "a length": (lambda w, g, m, x: (w - g / len(g), m), r"may use \+ - \* /"),
     "iteration": (lambda w, g, m, x: (w - sum(g), m), r"may use \+ - \* /"),

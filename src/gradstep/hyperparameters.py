@@ -104,6 +104,9 @@ class Cell:
             raise NonFiniteScalarError(f"{self.label}: {error}") from None
         except ArgumentTypeError as error:
             raise ArgumentTypeError(f"{self.label}: {error}") from None
+        except Exception as error:
+            error.add_note(f"raised by the schedule of {self.label} at step {step}: {self.source.value!r}")
+            raise
         if not self.check.holds(value):
             raise OutOfRangeError(f"{self.label} must be {self.check.text}, got {value!r}{origin}")
         return value

@@ -115,7 +115,12 @@ class MultiOptimizer(Optimizer):
 
     def _claim(self, name: str, parameter: Any) -> int:
         for place, accepts in enumerate(self._filters):
-            if fnmatchcase(name, accepts) if isinstance(accepts, str) else accepts(name, parameter):
+            try:
+                claimed = fnmatchcase(name, accepts) if isinstance(accepts, str) else accepts(name, parameter)
+            except Exception as error:
+                error.add_note(f"raised by filters[{place}] for {name!r}; a filter takes (name, parameter)")
+                raise
+            if claimed:
                 return place
         return len(self._filters)
 
@@ -155,6 +160,7 @@ def _checked_filters(filters: Sequence[Filter], children: int) -> tuple[Filter, 
             raise ArgumentTypeError(f"a filter must be a glob or a function (name, parameter) -> bool, got {accepts!r}")
     if len(filters) != children - 1:
         raise ConfigurationError(
-            f"{children} optimizers need {children - 1} filters, got {len(filters)}: the last optimizer takes the rest"
+            f"expected one filter fewer than the {children} optimizers, got {len(filters)}: "
+            "the last optimizer takes the rest"
         )
     return tuple(filters)

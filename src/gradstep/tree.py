@@ -8,6 +8,9 @@ from gradstep.errors import ArgumentTypeError, DuplicateNameError
 Tree: TypeAlias = "Mapping[str, object] | Mapping[int, object] | list[object] | tuple[object, ...]"
 
 
+GRADS_OF_MODULE = "{name: p.grad for name, p in model.named_parameters()}"
+
+
 def flatten(tree: object, what: str) -> dict[str, object]:
     """Name every leaf of `tree` by its path, joined with dots; `None` leaves are left out.
 
@@ -20,6 +23,7 @@ def flatten(tree: object, what: str) -> dict[str, object]:
         raise ArgumentTypeError(
             f"{what} must be a mapping from name to array, or a nested dict, list or tuple of them; "
             f"got {type(tree).__name__}"
+            + (": dict(…) makes one of named_parameters()" if hasattr(tree, "send") else "")
         )
     named: dict[str, object] = {}
     paths: dict[str, tuple[object, ...]] = {}
@@ -45,7 +49,8 @@ def reject_module(tree: object, what: str) -> None:
     """Refuse a framework's module, which looks like a tree of parameters but is none."""
     if callable(getattr(tree, "named_parameters", None)):
         raise ArgumentTypeError(
-            f"{what} is a module ({type(tree).__name__}); pass its arrays by name: dict(model.named_parameters())"
+            f"{what} is a module ({type(tree).__name__}); pass its arrays by name: "
+            + ("dict(model.named_parameters())" if what != "grads" else GRADS_OF_MODULE)
         )
     if callable(getattr(tree, "trainable_parameters", None)):
         raise ArgumentTypeError(

@@ -112,7 +112,7 @@ def test_one_seed_decides_nothing_and_says_so():
 
 def test_lower_rates_are_advised_when_every_run_diverged():
     text = printed(200, show_findings, rank([a_run(0.1, 0, diverged_at=3)], [ONE], RATES), "gradstep race", 1)
-    assert "try lower rates: gradstep race --rates 1e-4,1e-3,0.01\n" in text
+    assert "try lower rates: gradstep race --optimizers one --rates 1e-4,1e-3,0.01\n" in text
 
 
 def test_ties_are_named():

@@ -40,7 +40,7 @@ def gradstep_command(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Gradient-descent optimizers: one fused step on any array."""
+    """Gradient-descent optimizers: one fused step on NumPy arrays and PyTorch tensors."""
 
 
 @app.command()

@@ -125,7 +125,8 @@ class Symbol:
     def _no_number(self, *_: object) -> NoReturn:
         raise RuleError(
             f"{self!r} has no value while the rule is traced and cannot become a number; "
-            "use gradstep's sqrt, exp, log, … instead of math's, and where(…) instead of int() or float()"
+            "use gradstep's sqrt, exp, log, … instead of math's, where(…) instead of int() or float(), "
+            "or declare the hyperparameter static"
         )
 
     __float__ = __int__ = __index__ = __complex__ = __round__ = __trunc__ = _no_number
@@ -136,7 +137,14 @@ class Symbol:
             "use gradstep's functions (sqrt, abs, sign, where, …), the operators + - * / and plain floats"
         )
 
-    __array__ = __array_ufunc__ = __array_function__ = __torch_function__ = _no_numpy
+    __array__ = __array_ufunc__ = __array_function__ = _no_numpy
+
+    @classmethod
+    def __torch_function__(cls, function: object, *_: object, **__: object) -> NoReturn:
+        raise RuleError(
+            f"torch's {getattr(function, '__name__', function)} cannot take a symbol; use gradstep's functions "
+            "(sqrt, abs, sign, where, …), the operators + - * / and plain floats"
+        )
 
     def _no_operation(self, *_: object) -> NoReturn:
         raise RuleError(
@@ -189,7 +197,9 @@ class Trace:
             raise RuleError("a comparison may only be the condition of where(condition, x, y)")
         kind = broadcast(arg.kind for arg in lifted)
         if op == "power" and kind is not Kind.HOST:
-            raise RuleError(f"powers of arrays are not exact everywhere; write x * x instead of {lifted[0]!r} ** n")
+            raise RuleError(
+                f"powers of arrays are not exact everywhere; write x * x, or gs.sqrt(x), instead of {lifted[0]!r} ** n"
+            )
         return self.add(op, lifted, None, kind, boolean=op in COMPARISONS.values())
 
     def mean(self, x: Symbol, axis: int | None) -> Symbol:

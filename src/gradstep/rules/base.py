@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any, ClassVar, dataclass_transform
 
 from gradstep.errors import ArgumentTypeError
@@ -74,7 +75,8 @@ class RuleOptimizer(Declarative, Optimizer):
         try:
             bound = type(self).__signature__.bind(*args, **kwargs)
         except TypeError as error:
-            raise ArgumentTypeError(f"{name}: {error}; its arguments are {type(self).__signature__}") from None
+            hint = _hint(type(self).__signature__, kwargs)
+            raise ArgumentTypeError(f"{name}: {error}{hint}; its arguments are {type(self).__signature__}") from None
         bound.apply_defaults()
         options = {option: bound.arguments.pop(option) for option in ("clip_norm", "nonfinite")}
         super().__init__(**options)
@@ -153,3 +155,12 @@ def _signature(fields: Mapping[str, Field]) -> inspect.Signature:
     options = [("clip_norm", None), ("nonfinite", "allow")]
     arguments += [inspect.Parameter(name, kinds[True], default=default) for name, default in options]
     return inspect.Signature(sorted(arguments, key=lambda argument: argument.kind))
+
+
+def _hint(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
+    """What may have been meant by arguments that do not exist."""
+    hints: list[str] = []
+    for unknown in given.keys() - signature.parameters.keys():
+        close = ["learning_rate"] if unknown == "lr" else get_close_matches(unknown, signature.parameters, 1)
+        hints += [f"{unknown} is called {name} here" for name in close if name in signature.parameters]
+    return "".join(f"; {hint}" for hint in sorted(hints))

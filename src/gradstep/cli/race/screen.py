@@ -139,9 +139,9 @@ def show_findings(places: Sequence[Place], command: str, seeds: int, screen: Con
     if winner.final_loss is None:
         lowest = min(place.grid[0] for place in places)
         rates = ",".join(rate_text(float(f"{lowest * factor:.2g}")) for factor in (1e-3, 1e-2, 1e-1))
-        screen.print(
-            Text(f"\nEvery run diverged; try lower rates: {command} --rates {rates}", "bold red"), soft_wrap=True
-        )
+        entrants = shlex.quote(",".join(place.entrant.spec for place in places))
+        advice = f"try lower rates: {command} --optimizers {entrants} --rates {rates}"
+        screen.print(Text(f"\nEvery run diverged; {advice}", "bold red"), soft_wrap=True)
         return
     screen.print()
     screen.print(Text.assemble("Winner: ", (winner.best.runs[0].configuration, "bold green")), soft_wrap=True)
