@@ -369,7 +369,7 @@ class Settings:
         self._owner, self._fields = owner, fields
         self.given: dict[str, Any] = {}
         self._cells: dict[str, list[Cell]] = {}
-        self._rounded: object = None
+        self._rounded: set[str] = set()  # the dtypes in which the fixed values have been checked
 
     def _adopt(self, name: str, value: object) -> None:
         field = self._fields[name]
@@ -398,6 +398,10 @@ class Settings:
         return [cell for cells in self._cells.values() for cell in cells]
 
     @cached_property
+    def _fixed(self) -> dict[str, float]:
+        return {cell.symbol: cell.value for cell in self.cells if not cell.source.is_schedule}
+
+    @cached_property
     def _scheduled(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.source.is_schedule]
 
@@ -410,7 +414,7 @@ class Settings:
 
     def upcoming(self, step: int) -> dict[str, float]:
         """The value of every scalar for `step`, by the name of its symbol."""
-        return {cell.symbol: cell.upcoming(step) for cell in self.cells}
+        return self._fixed | {cell.symbol: cell.upcoming(step) for cell in self._scheduled}
 
     def resolve(self, step: int) -> None:
         """Call the schedules for `step`, each at most once; their values stay pending."""
@@ -423,12 +427,10 @@ class Settings:
             cell.publish()
 
     def check_rounded(self, step: int, dtype: str) -> None:
-        """Repeat the checks on the values as the compute dtype holds them, unless they are the last ones checked."""
-        values = [cell.upcoming(step) for cell in self.cells]
-        if (dtype, values) != self._rounded:
-            for cell in self.cells:
-                cell.check_rounded(step, dtype)
-            self._rounded = (dtype, values)
+        """Repeat the checks on the values as the compute dtype holds them; on fixed values once."""
+        for cell in self._scheduled if dtype in self._rounded else self.cells:
+            cell.check_rounded(step, dtype)
+        self._rounded.add(dtype)
 
     def arguments(self, trace: Trace) -> dict[str, Any]:
         """What a rule receives while it is traced."""

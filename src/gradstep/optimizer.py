@@ -7,12 +7,13 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, TypeVar, cast
 
-from gradstep.arrays.library import recognise
-from gradstep.arrays.memory import Integers
+import numpy as np
+
+from gradstep.arrays.library import OTHER, STAYED, recognise
 from gradstep.errors import (
     NonFiniteGradientError,
     UnknownParameterError,
@@ -182,10 +183,10 @@ class Optimizer(ABC):
 
     def _commit(self, plan: Plan, parameters: Sequence[Any], report: Report) -> None:
         staged = [(share, share.stage()) for share in plan.shares]
-        written = [*parameters, *plan.written_slots]
+        written = [*parameters, *plan.shown_slots]  # who holds no slot keeps no account of it
         with InterruptsHeld():
+            plan.library.wrote(written)  # while what it touches is still in the cache
             plan.commit(parameters)
-            plan.library.wrote(written)
             for share, state in staged:
                 share.advance(state)
             self._count_step()
@@ -217,26 +218,23 @@ class Optimizer(ABC):
         named, wanted = cast("dict[str, Any]", params), cast("dict[str, Any]", grads)
         if cached.key != self._plan_key(wanted, named):
             return None
-        names = cached.plan.names
-        parameters, gradients = [named[name] for name in names], [wanted[name] for name in names]
-        places = cached.locate(parameters, gradients)
-        if places is None:
-            return None
-        cached.plan.move(*places)
-        return cached.plan, parameters, gradients
+        parameters, gradients = cached.sort(named.values(), wanted.values())
+        return (cached.plan, parameters, gradients) if cached.suits(parameters, gradients) else None
 
-    def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> object:
-        return list(wanted), list(named), self._clip_norm is not None, [leaf.epoch for leaf in self._leaves()]
+    def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> "PlanKey":
+        epochs = [leaf.epoch for leaf in self._leaves()]
+        return PlanKey(list(named), list(wanted), self._clip_norm is not None, epochs)
 
     def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> Planned:
         self._plan = None  # its scratch is free before the next plan takes its own
+        key = self._plan_key(wanted, named)  # before anything that it stands for is read
         chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
         library = recognise(params=chosen, grads=wanted)
         refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
         shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
         plan = Plan(library, shares, chosen, wanted, clipped=self._clip_norm is not None)
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
-        self._plan = _CachedPlan(self._plan_key(wanted, named), plan, parameters, gradients)
+        self._plan = _CachedPlan(key, plan, parameters, gradients)
         return plan, parameters, gradients
 
     @property
@@ -313,25 +311,61 @@ def _locked(locks: Sequence[AbstractContextManager[object]], body: Callable[[], 
         return _locked(locks[1:], body)
 
 
+class PlanKey(NamedTuple):
+    """What a plan was made for, besides the layouts of the arrays."""
+
+    parameters: list[str]
+    gradients: list[str]
+    clipped: bool
+    epochs: list[int]
+
+
 class _CachedPlan:
     """A plan, and what must still be the same for it to serve again."""
 
-    def __init__(self, key: object, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
+    def __init__(self, key: PlanKey, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
         self.key, self.plan = key, plan
         watch = plan.library.watch
-        self._watches = watch(parameters), watch(gradients)
-        self._slots = watch(plan.written_slots, same=True)
+        self._parameters, self._gradients = watch(parameters), watch(gradients)
+        self._slots = watch(plan.shown_slots)
+        self._orders = _order(plan.names, key.parameters), _order(plan.names, key.gradients)
+        self._settled = False  # whether the plan's tables hold the addresses that were last found
 
-    def locate(self, parameters: list[Any], gradients: list[Any]) -> tuple[Integers, Integers] | None:
-        """The addresses of arrays of the types, shapes, strides and dtypes that were planned; else None.
+    def sort(self, parameters: Iterable[Any], gradients: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+        """Arrays in the order of the caller's names, in the plan's order."""
+        first, second = list(parameters), list(gradients)
+        to_plan, from_grads = self._orders
+        return [first[i] for i in to_plan] if to_plan else first, (
+            [second[i] for i in from_grads] if from_grads else second
+        )
 
-        Slots must lie where they lay: their owner hands them out, and a user can move them.
+    def suits(self, parameters: list[Any], gradients: list[Any]) -> bool:
+        """Whether the arrays have the types, shapes, strides and dtypes that were planned; the plan then knows where.
+
+        Slots that somebody has been given must lie where they lay, since they can be moved.
         """
-        first, second = self._watches[0].locate(parameters), self._watches[1].locate(gradients)
-        slots = self._slots.locate(self.plan.written_slots)
-        if first is None or second is None or slots is None or (slots != self.plan.slot_addresses).any():
-            return None
-        return first, second
+        settled, self._settled = self._settled, False
+        found = self._parameters.locate(parameters), self._gradients.locate(gradients)
+        if OTHER in found or not self._slots_stayed():
+            return False
+        if found[0] != STAYED or not settled:
+            self.plan.move(self._parameters.addresses, self._gradients.addresses)
+        elif found[1] != STAYED:
+            self.plan.move_gradients(self._gradients.addresses)
+        self._settled = True
+        return True
+
+    def _slots_stayed(self) -> bool:
+        shown = self.plan.shown_slots
+        if not shown:
+            return True
+        return self._slots.locate(shown) != OTHER and np.array_equal(self._slots.addresses, self.plan.shown_addresses)
+
+
+def _order(wanted: list[str], there: list[str]) -> list[int]:
+    """Where each of the wanted names stands; empty when they stand in this order."""
+    places = {name: place for place, name in enumerate(there)}
+    return [] if wanted == there else [places[name] for name in wanted]
 
 
 def _pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 class Holder(Protocol):
     """An optimizer with slots of its own."""
 
-    def slots_of(self, name: str) -> Mapping[str, Any]:
-        """The slots that a parameter has so far."""
+    def show(self, name: str) -> Mapping[str, Any]:
+        """The slots that a parameter has so far, for the eyes of a user, who may change them."""
         ...
 
     def names(self) -> KeysView[str]:
@@ -26,7 +26,7 @@ class StateView(Mapping[str, Mapping[str, Any]]):
     def __getitem__(self, name: str) -> Mapping[str, Any]:
         for holder in self._holders:
             if name in holder.names():
-                return MappingProxyType(holder.slots_of(name))
+                return MappingProxyType(holder.show(name))
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -10,12 +10,29 @@ from gradstep.arrays.memory import Integers, Memory
 from gradstep.errors import ArgumentTypeError
 
 
-class Watch(Protocol):
-    """The layouts of the arrays of a plan."""
+Found: TypeAlias = Literal[0, 1, 2]
+OTHER: Found = 0  # something else than addresses differs
+STAYED: Found = 1  # every array lies where one lay at the last look
+MOVED: Found = 2
 
-    def locate(self, arrays: list[Any]) -> Integers | None:
-        """The addresses of arrays of the same types and layouts; None when anything but addresses differs."""
+
+class Watch(Protocol):
+    """The types and layouts of the arrays of a plan."""
+
+    addresses: Integers
+    """Where the arrays lay at the last look; worthless after `OTHER`."""
+
+    def locate(self, arrays: list[Any]) -> Found:
+        """Compare arrays with those of the plan, and note their addresses."""
         ...
+
+
+def found(watch: Watch, addresses: Sequence[int]) -> Found:
+    """Note these addresses, for watches that find them in Python."""
+    now = np.array(addresses, np.int64)
+    stayed = np.array_equal(now, watch.addresses)
+    watch.addresses = now
+    return STAYED if stayed else MOVED
 
 
 class ArrayLibrary(Protocol):
@@ -27,11 +44,8 @@ class ArrayLibrary(Protocol):
         """Where the array lies; an error that begins with `what` for one that cannot take part."""
         ...
 
-    def watch(self, arrays: list[Any], *, same: bool = False) -> Watch:
-        """Remember the layouts of arrays that have been described.
-
-        With `same`, always these very objects will be located, so that less can have changed.
-        """
+    def watch(self, arrays: list[Any]) -> Watch:
+        """Remember the layouts of arrays that have been described."""
         ...
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:

@@ -1,5 +1,6 @@
 """Where an array lies in memory, whoever owns it, and what can be said about such places."""
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,6 +9,14 @@ import numpy as np
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 ITEMSIZES = {"float32": 4, "float64": 8}
+
+
+_borrow: Any = ctypes.c_char.from_buffer
+
+
+def start_of(table: Integers) -> int:
+    """Where a table of ours begins; many times faster than `.ctypes.data` in a cold cache."""
+    return ctypes.addressof(_borrow(table)) if len(table) else 0
 
 
 class Memory(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gradstep.arrays.memory import ITEMSIZES, Integers, Memory
+from gradstep.arrays.library import OTHER, Found, found
+from gradstep.arrays.memory import ITEMSIZES, Memory
 from gradstep.errors import ArgumentTypeError, DtypeError
 
 Array = np.ndarray[Any, Any]
@@ -30,9 +31,9 @@ class NumPy:
             )
         return Memory(_address(array), array.shape, array.strides, array.dtype.name, array.flags.writeable)
 
-    def watch(self, arrays: list[Array], *, same: bool = False) -> "Watched":
+    def watch(self, arrays: list[Array]) -> "Watched":
         """See `ArrayLibrary.watch`."""
-        return Watched(arrays, same=same)
+        return Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Array:
         """See `ArrayLibrary.zeros`."""
@@ -54,20 +55,15 @@ class NumPy:
 class Watched:
     """See `Watch`."""
 
-    def __init__(self, arrays: list[Array], *, same: bool) -> None:
-        self._layouts, self._same = _layouts(arrays), same
+    def __init__(self, arrays: list[Array]) -> None:
+        self._layouts = _layouts(arrays)
+        self.addresses = np.zeros(len(arrays), np.int64)
 
-    def locate(self, arrays: list[Array]) -> Integers | None:
+    def locate(self, arrays: list[Array]) -> Found:
         """See `Watch.locate`."""
-        address_of = ctypes.addressof
-        if not self._same and _layouts(arrays) != self._layouts:
-            return None
-        try:  # fails for what has become read-only
-            return np.array([address_of(_borrow(array)) for array in arrays], np.int64)
-        except (TypeError, ValueError, BufferError):  # one is read-only, empty or not in C order
-            if self._same and _layouts(arrays) != self._layouts:
-                return None
-            return np.array([_address(array) for array in arrays], np.int64)
+        if _layouts(arrays) != self._layouts:
+            return OTHER
+        return found(self, _addresses(arrays))
 
 
 def _layouts(arrays: list[Array]) -> tuple[object, ...]:
@@ -81,6 +77,14 @@ def _layouts(arrays: list[Array]) -> tuple[object, ...]:
         [array.dtype for array in arrays],
         [array.flags.writeable for array in arrays],
     )
+
+
+def _addresses(arrays: list[Array]) -> list[int]:
+    address_of = ctypes.addressof
+    try:
+        return [address_of(_borrow(array)) for array in arrays]
+    except (TypeError, ValueError, BufferError):  # one is read-only, empty or not in C order
+        return [_address(array) for array in arrays]
 
 
 def _address(array: Array) -> int:

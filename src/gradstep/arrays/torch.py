@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from gradstep.arrays.exchange import ExchangeWatch, load_exchange
-from gradstep.arrays.memory import ITEMSIZES, Integers, Memory
+from gradstep.arrays.exchange import Exchange, ExchangeWatch, describing_function
+from gradstep.arrays.library import MOVED, OTHER, STAYED, Found, found
+from gradstep.arrays.memory import ITEMSIZES, Memory
+from gradstep.arrays.torch_offsets import find_offsets
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, TracingError
 
 torch: Any = importlib.import_module("torch")
@@ -43,10 +45,10 @@ class Torch:
         itemsize = ITEMSIZES[dtype]
         return Memory(address, tuple(array.shape), tuple(stride * itemsize for stride in array.stride()), dtype)
 
-    def watch(self, arrays: list[Any], *, same: bool = False) -> "ExchangeWatch | Watched":
+    def watch(self, arrays: list[Any]) -> "ExchangeWatch | Watched":
         """See `ArrayLibrary.watch`."""
-        describe = _exchange()
-        return ExchangeWatch(describe, arrays, None if same else _any_negated) if describe else Watched(arrays)
+        exchange = _exchange()
+        return ExchangeWatch(exchange, arrays, _any_negated) if exchange else Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:
         """See `ArrayLibrary.zeros`."""
@@ -76,17 +78,26 @@ class Watched:
 
     def __init__(self, arrays: list[Any]) -> None:
         self._layouts = _layouts(arrays)
+        self.addresses = np.zeros(len(arrays), np.int64)
 
-    def locate(self, arrays: list[Any]) -> Integers | None:
+    def locate(self, arrays: list[Any]) -> Found:
         """See `Watch.locate`."""
-        if _layouts(arrays) != self._layouts:
-            return None
-        return np.array([array.data_ptr() for array in arrays], np.int64)
+        return found(self, [array.data_ptr() for array in arrays]) if _layouts(arrays) == self._layouts else OTHER
 
 
 @functools.cache
-def _exchange() -> int | None:
-    return load_exchange(_Tensor, torch.zeros((2, 3), device="cpu").t(), Watched)
+def _exchange() -> Exchange | None:
+    """What the exchange table and the offsets are worth is found out with tensors that the slow way knows."""
+    describe = describing_function(_Tensor)
+    if describe is None:
+        return None
+    probe = torch.zeros((2, 3), device="cpu").t()
+    for exchange in (Exchange(describe, find_offsets()), Exchange(describe, None)):
+        watch = ExchangeWatch(exchange, [probe], _any_negated)
+        seen = [watch.locate([tensor]) for tensor in (probe, probe, torch._neg_view(probe))]
+        if seen == [MOVED, STAYED, OTHER] and watch.addresses.tolist() == [probe.data_ptr()]:
+            return exchange
+    return None
 
 
 def _layouts(arrays: list[Any]) -> tuple[object, ...]:

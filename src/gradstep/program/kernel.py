@@ -1,8 +1,9 @@
 """LLVM IR for a whole sweep: a function that grabs chunks of tensors until none is left.
 
-The function takes one pointer to a job, eight 64-bit fields: chunks, their count, the shared counter, addresses
-(operand by tensor), the number of tensors, each tensor's row of scalars, the scalars (float64), dimensions.
-A chunk is three integers: tensor, first and length, in elements (flat) or in blocks of `ROWS` rows (factored).
+The function takes one pointer to a job, 64-bit fields: chunks, their count, how many of them to grab at once, the
+shared counter, addresses (operand by tensor), the number of tensors, each tensor's row of scalars, the scalars
+(float64), dimensions. A chunk is three integers: tensor, first and length, in elements (flat) or in blocks of `ROWS`
+rows (factored).
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ from gradstep.program.program import Program, Sweep, dense_places, place_of, sma
 from gradstep.program.values import BYTES, TYPES, Code, Values, splat, vector
 
 ROWS = 64
-FIELDS = ("chunks", "count", "next", "addresses", "tensors", "rows", "scalars", "dimensions")
+AHEAD = 2048  # bytes; without prefetching, every page of 4 KiB begins with a wait
+LINE = 64
+FIELDS = ("chunks", "count", "grain", "next", "addresses", "tensors", "rows", "scalars", "dimensions")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class _Emitter:
     def function(self) -> str:
         code = self.code
         fields = [code.let(f"getelementptr i64, ptr %job, i64 {i}") for i in range(len(FIELDS))]
-        kinds = {"count": "i64", "tensors": "i64"}
+        kinds = {"count": "i64", "grain": "i64", "tensors": "i64"}
         for name, place in zip(FIELDS, fields, strict=True):
             code.do(f"%{name} = load {kinds.get(name, 'ptr')}, ptr {place}")
         for reduction in self.sweep.reductions:
@@ -81,11 +84,21 @@ class _Emitter:
         code.do("%mode = call i64 @ieee_mode()")
         code.do("br label %grab")
         code.label("grab")
-        code.do("%k = atomicrmw add ptr %next, i64 1 monotonic")
-        code.do("%more = icmp slt i64 %k, %count")
-        code.do("br i1 %more, label %chunk, label %exit")
+        code.do("%run = atomicrmw add ptr %next, i64 %grain monotonic")
+        code.do("%some = icmp slt i64 %run, %count")
+        code.do("br i1 %some, label %begin, label %exit")
+        code.label("begin")
+        code.do("%run.wanted = add i64 %run, %grain")
+        code.do("%run.whole = icmp slt i64 %run.wanted, %count")
+        code.do("%run.end = select i1 %run.whole, i64 %run.wanted, i64 %count")
+        code.do("br label %chunk")
         code.label("chunk")
+        code.do("%k = phi i64 [ %run, %begin ], [ %k.next, %chunk.end ]")
         self._chunk()
+        code.label("chunk.end")
+        code.do("%k.next = add i64 %k, 1")
+        code.do("%more = icmp slt i64 %k.next, %run.end")
+        code.do("br i1 %more, label %chunk, label %grab")
         code.label("exit")
         code.do("call void @restore_mode(i64 %mode)")
         code.do("ret void")
@@ -113,7 +126,7 @@ class _Emitter:
             block = code.let(f"lshr i64 %first, {BLOCK.bit_length() - 1}")
             for reduction in self.totals:
                 self._put(reduction, block, self._fold(reduction))
-            code.do("br label %grab")
+            code.do("br label %chunk.end")
 
     def _matrix(self) -> None:
         """Loop over blocks of rows, then rows; a block lies within one matrix of the stack."""
@@ -168,7 +181,7 @@ class _Emitter:
             self._put(reduction, "%b", code.let(f"load double, ptr %total{reduction.index}"))
         code.do("%b.next = add i64 %b, 1")
         more = code.let("icmp slt i64 %b.next, %end")
-        code.do(f"br i1 {more}, label %block, label %grab")
+        code.do(f"br i1 {more}, label %block, label %chunk.end")
 
     def _elements(self, prefix: str, start: str, end: str, shifts: Mapping[Kind, str]) -> None:
         """Loop over elements `start` to `end` in vectors, then one by one.
@@ -208,6 +221,8 @@ class _Emitter:
         known = dict(self.known[lanes])
         for source in self.sweep.inputs:
             if source.kind is Kind.FULL:
+                if lanes > 1:
+                    self._prefetch(place_of(source), index, lanes)
                 known[source.index] = self._load(place_of(source), index, lanes)
             elif source.kind is Kind.COLUMN:
                 known[source.index] = self._load(
@@ -280,6 +295,15 @@ class _Emitter:
     def _address(self, number: int, index: str) -> str:
         element = TYPES[self.operands[number].dtype]
         return self.code.let(f"getelementptr {element}, ptr {self.bases[number]}, i64 {index}")
+
+    def _prefetch(self, place: str, index: str, lanes: int) -> None:
+        """Fetch what the loop will read soon. Beyond the end of an array this does nothing, or gets the next one."""
+        number = self.places[place, False]
+        size = BYTES[self.operands[number].dtype] * lanes
+        self.code.declarations.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+        for line in range(0, size, LINE):
+            at = self.code.let(f"getelementptr i8, ptr {self._address(number, index)}, i64 {AHEAD + line}")
+            self.code.do(f"call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)")
 
     def _load(self, place: str, index: str, lanes: int) -> str:
         number = self.places[place, False]

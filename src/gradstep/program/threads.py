@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from gradstep.errors import ArgumentTypeError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
 
-WORTH_THREADS = 3 << 17  # elements; below, waking a thread takes longer than it saves
+WORTH_THREADS = 1 << 20  # elements; below, waking a thread takes longer than it saves
 
 
 def available_threads() -> int:

@@ -72,6 +72,7 @@ class Batch:
         self._ledger_rows = self.leaf.reserve([match.name for match in self.matches]).tolist()
         height = len(self.matches) if self._needs_count or axes else 1
         self._scalars: Doubles = np.zeros((height, max(len(program), 1)))
+        self._row = struct.Struct(f"{len(program)}d")
         self._rows: Integers = np.zeros(len(self.matches), np.int64)
         self._row_owners: list[int] = []
         self._expected_step = -1
@@ -148,6 +149,8 @@ class Batch:
 
     def move(self, place: str, addresses: Integers) -> None:
         """The parameters or gradients lie at other addresses than before; scratch stays where it is."""
+        if self.scratch:
+            addresses = addresses.copy()
         for scratch in self.scratch:
             if scratch.place == place:
                 addresses[scratch.tensor] = scratch.copy.ctypes.data
@@ -193,14 +196,15 @@ class Batch:
         if self.leaf.step != self._expected_step:  # not the step after this plan's last: counts may have parted
             self._share_rows()
         known = {**self.leaf.scalars(), "clip_scale": clip_scale}
-        bits = struct.pack(f"{len(known)}d", *known.values())  # tells 0.0 from -0.0
-        if bits == self._known:
+        bits = None if self._needs_count else struct.pack(f"{len(known)}d", *known.values())  # tells 0.0 from -0.0
+        if bits is not None and bits == self._known:
             return
         self._known = None  # until the table has been filled
         for row, tensor in enumerate(self._row_owners):
             count = {"t": self.leaf.count(self._ledger_rows[tensor]) + 1}
-            self._scalars[row] = program.evaluate(known | count, self._shapes[tensor], self.dtype)
-        self._known = None if self._needs_count else bits
+            values = program.evaluate(known | count, self._shapes[tensor], self.dtype)
+            self._row.pack_into(self._scalars, row * self._row.size, *values)
+        self._known = bits
 
     def _share_rows(self) -> None:
         """Give one row of scalars to all tensors for which they are equal."""

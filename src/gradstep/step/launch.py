@@ -1,14 +1,19 @@
 """A kernel together with its job: the tables that tell it where the tensors lie."""
 
+import ctypes
 from typing import Any
 
 import numpy as np
 
-from gradstep.arrays.memory import Integers
+from gradstep.arrays.memory import Integers, start_of
 from gradstep.program.blocks import BLOCK
 from gradstep.program.compiler import Kernel
 from gradstep.program.kernel import FIELDS, ROWS
 from gradstep.program.threads import pool
+
+RUN = 16  # chunks that a thread grabs at once, at most
+GRAIN = FIELDS.index("grain")
+GRABS = 16  # times that each thread should grab, at least, so that all end together
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -37,29 +42,35 @@ class Launch:
         scalars: Doubles | None = None,
         dimensions: Integers | None = None,
     ) -> None:
-        self.kernel, self._elements = kernel, elements
+        self.kernel, self._chunks, self._elements = kernel, len(chunks), elements
+        self._operands = {(operand.place, operand.sums): row for row, operand in enumerate(kernel.source.operands)}
         self.addresses = np.zeros((len(kernel.source.operands), tensors), np.int64)
-        self._next = np.zeros(16, np.int64)  # a cache line of its own
+        self._addresses = self.addresses.ctypes.data
+        self._next = (ctypes.c_int64 * 16)()  # a cache line of its own
         empty = np.zeros(1, np.int64)
         fields: dict[str, Any] = {
-            "chunks": chunks, "count": len(chunks), "next": self._next, "addresses": self.addresses,
+            "chunks": chunks, "count": len(chunks), "grain": 1, "next": ctypes.addressof(self._next),
+            "addresses": self.addresses,
             "tensors": tensors, "rows": empty if rows is None else rows,
             "scalars": empty if scalars is None else scalars, "dimensions": empty if dimensions is None else dimensions,
         }  # fmt: skip
         self._alive = list(fields.values())
         values = [fields[name] for name in FIELDS]
-        self._job = np.array([value if isinstance(value, int) else value.ctypes.data for value in values], np.int64)
-        self._job_address = self._job.ctypes.data
+        words = [value if isinstance(value, int) else value.ctypes.data for value in values]
+        self._job = (ctypes.c_int64 * len(words))(*words)
+        self._job_address = ctypes.addressof(self._job)
 
     def place(self, place: str, addresses: Integers, *, sums: bool = False) -> None:
         """Tell where an operand lies in each tensor, when the kernel has such an operand."""
-        for number, operand in enumerate(self.kernel.source.operands):
-            if operand.place == place and operand.sums == sums:
-                self.addresses[number] = addresses
+        row = self._operands.get((place, sums))
+        if row is not None:  # a copy without NumPy, whose own is slow while it is not in the cache
+            ctypes.memmove(self._addresses + row * addresses.nbytes, start_of(addresses), addresses.nbytes)
 
     def run(self) -> None:
         """Run the kernel over all chunks, on as many threads as are worth it."""
         self._next[0] = 0
+        # A thread that goes on where it was is faster than one that leaps over the others' chunks.
+        self._job[GRAIN] = min(max(self._chunks // (GRABS * pool.threads), 1), RUN)
         pool.run(self.kernel.call, self._job_address, self._elements)
 
 

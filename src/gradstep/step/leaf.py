@@ -38,6 +38,7 @@ class Leaf:
         self.step = 0
         self.epoch = 0  # changes whenever a plan made before is void
         self.entries: dict[str, dict[str, Any]] = {}
+        self.shown: set[str] = set()  # the parameters whose slots somebody else may hold, and move
         self._ledger: dict[str, int] = {}  # the row of each parameter in the counts
         self._counts: Integers = np.zeros(0, np.int64)
         self._programs: dict[tuple[int, bool], Program] = {}
@@ -79,6 +80,14 @@ class Leaf:
         """The slots that a parameter has so far."""
         return self.entries.get(name, {})
 
+    def show(self, name: str) -> Mapping[str, Any]:
+        """The same for somebody outside: from now on these slots are looked at before every step."""
+        slots = self.entries[name]
+        if name not in self.shown:
+            self.shown.add(name)
+            self.epoch += 1
+        return slots
+
     def reserve(self, names: Sequence[str]) -> Integers:
         """The rows in which these parameters' steps are counted."""
         for name in names:
@@ -104,6 +113,7 @@ class Leaf:
     def adopt(self, state: State) -> None:
         """Replace the whole state."""
         self.entries, self._ledger, self._counts = state
+        self.shown = set()
         self.epoch += 1
 
     def stage(self, rows: Integers, matches: Sequence[Match]) -> State:

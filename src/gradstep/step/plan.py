@@ -61,14 +61,14 @@ class Plan:
         self._extents = self._survey()
         parameters, gradients = (_addresses([m.memory[place] for m in self.matches]) for place in ("w", "g"))
         self._extents.check(parameters, gradients)
-        self._addresses: tuple[Integers, Integers] | None = (parameters, gradients)
         self.batches = [batch for share in self.shares for batch in batches(share.leaf, library, share.matches)]
         places = {name: place for place, name in enumerate(self.names)}
         self._members = [np.array([places[m.name] for m in batch.matches], np.int64) for batch in self.batches]
         self._member_lists = [members.tolist() for members in self._members]
-        self.slot_addresses = _addresses([m.memory[slot] for m in self.matches for slot in m.slots])
+        shown = [m for share in self.shares for m in share.matches if m.name in share.leaf.shown]
+        self.shown_slots = [array for m in shown for array in m.slots.values()]
+        self.shown_addresses = _addresses([m.memory[slot] for m in shown for slot in m.slots])
         self._inspectors: list[Inspector] | None = None
-        self.written_slots = [array for m in self.matches for array in m.slots.values()]
 
     @property
     def published(self) -> bool:
@@ -84,21 +84,19 @@ class Plan:
         return Extents(parameters, gradients, slots)
 
     def move(self, parameters: Integers, gradients: Integers) -> None:
-        """The arrays may lie elsewhere now: then check for overlap again and change the tables."""
-        old = self._addresses
-        stayed = old is not None and bool((parameters == old[0]).all())
-        if old is not None and stayed and bool((gradients == old[1]).all()):
-            return
-        self._addresses = None  # until every table has been changed
-        if stayed:
-            self._extents.check_gradients(parameters, gradients)
-        else:
-            self._extents.check(parameters, gradients)
-        for place, addresses in (("w", parameters), ("g", gradients)):
-            if place == "g" or not stayed:
-                for batch, members in zip(self.batches, self._members, strict=True):
-                    batch.move(place, addresses[members])
-        self._addresses = (parameters, gradients)
+        """The arrays may lie elsewhere now: check for overlap again and change the tables."""
+        self._extents.check(parameters, gradients)
+        self._hand_out("w", parameters)
+        self._hand_out("g", gradients)
+
+    def move_gradients(self, gradients: Integers) -> None:
+        """The same when only gradients have moved."""
+        self._extents.check_gradients(gradients)
+        self._hand_out("g", gradients)
+
+    def _hand_out(self, place: str, addresses: Integers) -> None:
+        for batch, members in zip(self.batches, self._members, strict=True):
+            batch.move(place, addresses if len(self.batches) == 1 else addresses[members])
 
     def gather(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
         """Copy what no kernel can walk into scratch."""
