@@ -3,7 +3,7 @@
 import copy
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,16 @@ from families import ELEMENTWISE_FAMILIES, MATRIX_FAMILIES, Reference, assert_sa
 Array = np.ndarray[Any, Any]
 
 BLOCK = 1 << 15  # elements per chunk
-POOLED = 1 << 19  # elements from which a step uses several threads
+POOLED = 1 << 19  # elements from which a step uses several threads here
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sooner_threads() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradstep.program.threads.WORTH_THREADS", POOLED)
+        yield
+
+
 DTYPES = ("float32", "float64")
 INTEGERS = {"float32": np.uint32, "float64": np.uint64}
 

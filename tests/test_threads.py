@@ -15,7 +15,7 @@ import pytest
 import gradstep as gs
 from families import assert_same_bits
 
-LARGE = (1 << 19) + 4321  # elements: enough for the pool
+LARGE = (1 << 20) + 4321  # elements: enough for the pool
 SMALL = 1000
 
 
@@ -239,7 +239,7 @@ def run(opt, steps):
         opt.apply_gradients(grads, params)
     return params["w"]
 
-LARGE = (1 << 19) + 4321
+LARGE = (1 << 20) + 4321
 gs.set_num_threads(3)
 expected = run(gs.AdamW(0.1), 3)
 

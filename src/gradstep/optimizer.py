@@ -329,7 +329,8 @@ class _CachedPlan:
         self._parameters, self._gradients = watch(parameters), watch(gradients)
         self._slots = watch(plan.shown_slots)
         self._orders = _order(plan.names, key.parameters), _order(plan.names, key.gradients)
-        self._settled = False  # whether the plan's tables hold the addresses that were last found
+        # Whether the plan's tables hold the addresses that were last found.
+        self._settled = OTHER not in (self._parameters.locate(parameters), self._gradients.locate(gradients))
 
     def sort(self, parameters: Iterable[Any], gradients: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         """Arrays in the order of the caller's names, in the plan's order."""

@@ -260,12 +260,12 @@ class ExchangeWatch:
     def __init__(self, exchange: Exchange, arrays: Sequence[Any], is_odd: Callable[[list[Any]], bool]) -> None:
         self._describe, self._is_odd = exchange.describe, None if exchange.offsets else is_odd
         self._count = len(arrays)
-        self._types = list(map(type, arrays))
+        self._types: list[type[Any]] = list(map(type, arrays))
         records: list[list[int]] = []
         layouts: list[int] = []
-        for array in arrays:
+        for array, kind in zip(arrays, self._types, strict=True):
             dtype = 2 | 8 * array.element_size() << 8 | 1 << 16
-            records.append([array.ndim, dtype, len(layouts), array.numel(), id(type(array))])
+            records.append([array.ndim, dtype, len(layouts), array.numel(), id(kind)])
             layouts += [*array.shape, *array.stride()]
         self._records, self._layouts = np.array(records, np.int64), np.array(layouts, np.int64)
         self.addresses = np.zeros(self._count, np.int64)

@@ -9,7 +9,6 @@ import numpy as np
 from gradstep.arrays.memory import Integers, Memory
 from gradstep.errors import ArgumentTypeError
 
-
 Found: TypeAlias = Literal[0, 1, 2]
 OTHER: Found = 0  # something else than addresses differs
 STAYED: Found = 1  # every array lies where one lay at the last look

@@ -20,7 +20,7 @@ def find_offsets() -> Offsets | None:
     plain, negated = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     both = plain + negated
     try:
-        types = _places([id(tensor) for tensor in both], [id(type(tensor)) for tensor in both], 4 * WORD)
+        types = _places([id(tensor) for tensor in both], list(map(id, map(type, both))), 4 * WORD)
         size = min(type(tensor).__basicsize__ for tensor in both)
         bodies = _places([id(tensor) for tensor in both], [tensor._cdata for tensor in both], size)
         storages = [tensor.untyped_storage()._cdata for tensor in both]

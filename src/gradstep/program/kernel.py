@@ -68,6 +68,8 @@ class _Emitter:
         self.lanes = LANES if self.sweep.reductions or self.dtype == "float32" else LANES // 2
         self.known: dict[int, dict[int, str]] = {1: {}, self.lanes: {}}
         self.bases: list[str] = []
+        self.leaps: dict[int, str] = {}
+        self.chunk_end = ""
         self.totals = [r for r in self.sweep.reductions if r.kind is Kind.WHOLE]
         self.row_sums = [r for r in self.sweep.reductions if r.kind is Kind.ROW]
         self.column_sums = [r for r in self.sweep.reductions if r.kind is Kind.COLUMN]
@@ -113,20 +115,41 @@ class _Emitter:
             place = code.let(f"add i64 {record}, {offset}")
             code.do(f"%{name} = load i64, ptr {code.let(f'getelementptr i64, ptr %chunks, i64 {place}')}")
         self._load_scalars()
-        for number in range(len(self.operands)):
-            place = code.let(f"add i64 {code.let(f'mul i64 %tensors, {number}')}, %tensor")
-            self.bases.append(code.let(f"load ptr, ptr {code.let(f'getelementptr ptr, ptr %addresses, i64 {place}')}"))
+        self.bases = [self._base(number, "%tensor") for number in range(len(self.operands))]
         self._load_small(Kind.WHOLE, "0")
         if self.program.factored:
             self._matrix()
         else:
             end = code.let("add i64 %first, %length")
+            self._measure_leaps(end)
             self._clear_lanes()
             self._elements("", "%first", end, {})
             block = code.let(f"lshr i64 %first, {BLOCK.bit_length() - 1}")
             for reduction in self.totals:
                 self._put(reduction, block, self._fold(reduction))
             code.do("br label %chunk.end")
+
+    def _base(self, number: int, tensor: str) -> str:
+        """Where an operand of a tensor begins."""
+        code = self.code
+        place = code.let(f"add i64 {code.let(f'mul i64 %tensors, {number}')}, {tensor}")
+        return code.let(f"load ptr, ptr {code.let(f'getelementptr ptr, ptr %addresses, i64 {place}')}")
+
+    def _measure_leaps(self, end: str) -> None:
+        """For each dense operand, how far it is from the end of this chunk to the beginning of the next one."""
+        code, self.chunk_end = self.code, end
+        following = code.let("add i64 %k, 1")
+        last = code.let(f"icmp eq i64 {following}, %count")
+        record = code.let(f"mul i64 {code.let(f'select i1 {last}, i64 %k, i64 {following}')}, 3")
+        place = code.let(f"getelementptr i64, ptr %chunks, i64 {record}")
+        tensor = code.let(f"load i64, ptr {place}")
+        first = code.let(f"load i64, ptr {code.let(f'getelementptr i64, ptr {place}, i64 1')}")
+        for number, operand in enumerate(self.operands):
+            if operand.kind is Kind.FULL and not operand.sums:
+                element = TYPES[operand.dtype]
+                to = code.let(f"getelementptr {element}, ptr {self._base(number, tensor)}, i64 {first}")
+                here = code.let(f"ptrtoint ptr {self._address(number, end)} to i64")
+                self.leaps[number] = code.let(f"sub i64 {code.let(f'ptrtoint ptr {to} to i64')}, {here}")
 
     def _matrix(self) -> None:
         """Loop over blocks of rows, then rows; a block lies within one matrix of the stack."""
@@ -297,13 +320,19 @@ class _Emitter:
         return self.code.let(f"getelementptr {element}, ptr {self.bases[number]}, i64 {index}")
 
     def _prefetch(self, place: str, index: str, lanes: int) -> None:
-        """Fetch what the loop will read soon. Beyond the end of an array this does nothing, or gets the next one."""
-        number = self.places[place, False]
-        size = BYTES[self.operands[number].dtype] * lanes
-        self.code.declarations.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-        for line in range(0, size, LINE):
-            at = self.code.let(f"getelementptr i8, ptr {self._address(number, index)}, i64 {AHEAD + line}")
-            self.code.do(f"call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)")
+        """Fetch what the loop will read soon, beyond the end of a chunk the beginning of the next one."""
+        number, code = self.places[place, False], self.code
+        size = BYTES[self.operands[number].dtype]
+        code.declarations.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+        start = self._address(number, index)
+        if number in self.leaps:
+            ahead = code.let(f"add i64 {index}, {AHEAD // size}")
+            over = code.let(f"icmp sge i64 {ahead}, {self.chunk_end}")
+            leap = code.let(f"select i1 {over}, i64 {self.leaps[number]}, i64 0")
+            start = code.let(f"getelementptr i8, ptr {start}, i64 {leap}")
+        for line in range(0, size * lanes, LINE):
+            at = code.let(f"getelementptr i8, ptr {start}, i64 {AHEAD + line}")
+            code.do(f"call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)")
 
     def _load(self, place: str, index: str, lanes: int) -> str:
         number = self.places[place, False]

@@ -203,7 +203,7 @@ class Batch:
         for row, tensor in enumerate(self._row_owners):
             count = {"t": self.leaf.count(self._ledger_rows[tensor]) + 1}
             values = program.evaluate(known | count, self._shapes[tensor], self.dtype)
-            self._row.pack_into(self._scalars, row * self._row.size, *values)
+            self._row.pack_into(self._scalars.data, row * self._row.size, *values)
         self._known = bits
 
     def _share_rows(self) -> None:

@@ -18,7 +18,8 @@ Places: TypeAlias = Mapping[str, Memory]
 
 # Whether intervals touch none of those that are occupied, which are sorted and disjoint and close with the largest
 # integer. A job is six words: how many are occupied, how many are asked about, starts and ends of the first, and how
-# far the others reach from their addresses, down and up. Neighbours in the list are often neighbours in memory: only for others there is a search.
+# far the others reach from their addresses, down and up. Neighbours in the list are often neighbours in memory: only
+# for others there is a search.
 CLEAR = """
 define i64 @clear(ptr %job, ptr %addresses) {
 entry:
@@ -139,9 +140,8 @@ class Extents:
 
     def check_gradients(self, gradients: Integers) -> None:
         """The same when only gradients have moved since the last check."""
-        if self._occupied is not None:
-            if _clear()(self._occupied.address, start_of(gradients)):
-                return
+        if self._occupied is not None and _clear()(self._occupied.address, start_of(gradients)):
+            return
         self.check(self._parameters, gradients)
 
     def _check_closely(
