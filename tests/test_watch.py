@@ -1,0 +1,192 @@
+"""Arrays looked at again: what a cached plan may be used for, and that every way of looking sees the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+import gradstep as gs
+from gradstep.arrays import torch as on_torch
+from gradstep.arrays.exchange import Exchange, ExchangeWatch, describing_function
+from gradstep.arrays.library import MOVED, OTHER, STAYED
+from gradstep.arrays.memory import Memory
+from gradstep.arrays.torch_offsets import find_offsets
+from gradstep.step import launch
+from gradstep.step.overlap import Extents
+
+
+def with_offsets(tensors: list[Any]) -> Any:
+    offsets, describe = find_offsets(), describing_function(torch.Tensor)
+    assert offsets is not None
+    assert describe is not None
+    return ExchangeWatch(Exchange(describe, offsets), tensors, lambda _: pytest.fail("asked in Python"))
+
+
+def with_table(tensors: list[Any]) -> Any:
+    describe = describing_function(torch.Tensor)
+    assert describe is not None
+    return ExchangeWatch(Exchange(describe, None), tensors, on_torch._any_negated)
+
+
+WAYS: dict[str, Callable[[list[Any]], Any]] = {
+    "table and offsets": with_offsets,
+    "table": with_table,
+    "methods": on_torch.Watched,
+}
+in_every_way = pytest.mark.parametrize("watch", WAYS.values(), ids=WAYS)
+
+
+def tensors(count: int = 70) -> list[Any]:
+    """More than one block of them, of many kinds."""
+    makers: list[Callable[[], Any]] = [
+        lambda: torch.ones(3),
+        lambda: torch.ones(4, 5).t(),
+        lambda: torch.nn.Parameter(torch.ones(2, 3)),
+        lambda: torch.ones((), dtype=torch.float64),
+        lambda: torch.ones(2, 0),
+        lambda: torch.ones(9, 2)[::3],
+    ]
+    return [makers[i % len(makers)]() for i in range(count)]
+
+
+@in_every_way
+def test_addresses_are_those_that_torch_tells(watch: Any) -> None:
+    first, second = tensors(), tensors()
+    watched = watch(first)
+    watched.locate(first)
+    assert watched.addresses.tolist() == [tensor.data_ptr() for tensor in first]
+    assert watched.locate(first) == STAYED
+    assert watched.locate(second) == MOVED
+    assert watched.addresses.tolist() == [tensor.data_ptr() for tensor in second]
+    assert watched.locate([*second[:-1], first[-1]]) == MOVED
+    assert watched.locate([*second[:-1], first[-1]]) == STAYED
+
+
+CHANGES: dict[str, Callable[[], Any]] = {
+    "another shape": lambda: torch.ones(4),
+    "another stride": lambda: torch.ones(6)[::2],
+    "another dtype": lambda: torch.ones(3, dtype=torch.float64),
+    "an integer dtype of that size": lambda: torch.ones(3, dtype=torch.int32),
+    "another type": lambda: torch.nn.Parameter(torch.ones(3)),
+    "more dimensions": lambda: torch.ones(3, 1),
+    "another device": lambda: torch.ones(3, device="meta"),
+    "lazily negated": lambda: torch._neg_view(torch.ones(3)),
+    "no memory": lambda: torch.ones(3).to_sparse(),
+}
+
+
+@in_every_way
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("place", [0, 36, 66])
+def test_whatever_else_differs_is_seen(watch: Any, change: Callable[[], Any], place: int) -> None:
+    before = tensors()
+    watched = watch(before)
+    assert watched.locate(before) in (STAYED, MOVED)
+    assert watched.locate([*before[:place], change(), *before[place + 1 :]]) == OTHER
+    assert watched.locate(before[:-1]) == OTHER
+
+
+def test_the_offsets_tell_negated_tensors_from_all_others() -> None:
+    watched = with_offsets([torch.ones(3)])
+    for _ in range(200):
+        plain = torch.randn(3)
+        assert watched.locate([plain]) != OTHER
+        assert watched.locate([torch._neg_view(plain)]) == OTHER
+
+
+@pytest.mark.parametrize("unknown", ["offsets", "table"])
+def test_without_offsets_or_table_steps_are_the_same(monkeypatch: Any, unknown: str) -> None:
+    if unknown == "table":
+        monkeypatch.setattr(on_torch, "describing_function", lambda _: None)
+    monkeypatch.setattr(on_torch, "find_offsets", lambda: None)
+    on_torch._exchange.cache_clear()
+    try:
+        exchange = on_torch._exchange()
+        assert exchange is None if unknown == "table" else exchange is not None and exchange.offsets is None
+        found = trained_with_fresh_gradients()
+    finally:
+        on_torch._exchange.cache_clear()
+    monkeypatch.undo()
+    assert torch.equal(found, trained_with_fresh_gradients())
+
+
+def trained_with_fresh_gradients() -> Any:
+    opt, params = gs.Adam(0.1), {"w": torch.ones(5)}
+    for step in range(4):
+        opt.apply_gradients({"w": torch.full((5,), float(step))}, params)
+    return params["w"]
+
+
+def test_slots_that_somebody_holds_are_followed_from_then_on() -> None:
+    opt, params = gs.SGD(1.0, momentum=0.5), {"w": torch.zeros(2), "b": torch.zeros(1)}
+    grads = {"w": torch.ones(2), "b": torch.ones(1)}
+    opt.apply_gradients(grads, params)
+    opt.apply_gradients(grads, params)
+    held = opt.state["w"]["v"]
+    version = held._version
+    opt.apply_gradients(grads, params)
+    assert held._version == version + 1
+    held.data = torch.full((2,), 100.0)
+    opt.apply_gradients(grads, params)
+    assert held.tolist() == [51.0, 51.0]
+    assert opt.state["b"]["v"].tolist() == [1.875]
+
+
+spans = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 6)), max_size=8)
+
+
+@given(spans, spans, spans)
+def test_gradients_that_touch_what_is_written_are_found(written: Any, first: Any, second: Any) -> None:
+    def places(kind: str, spans: Any) -> dict[str, Memory]:
+        return {f"{kind}{i}": Memory(4 * at + 4096, (size,), (4,), "float32") for i, (at, size) in enumerate(spans)}
+
+    def touch(one: Any, other: Any) -> bool:
+        return one[1] > 0 and other[1] > 0 and one[0] < other[0] + other[1] and other[0] < one[0] + one[1]
+
+    def addresses(spans: Any) -> Any:
+        return np.array([4 * at + 4096 for at, _ in spans], np.int64)
+
+    def clash(gradients: Any) -> bool:
+        among = any(touch(one, other) for i, one in enumerate(written) for other in written[:i])
+        return among or any(touch(one, other) for one in written for other in gradients)
+
+    moved = [(at, size) for (at, _), (_, size) in zip(second, first, strict=False)]
+    first = first[: len(moved)]
+    extents = Extents(places("w", written), places("g", first), {})
+    try:
+        extents.check(addresses(written), addresses(first))
+        assert not clash(first)
+    except gs.AliasedParametersError:
+        assert clash(first)
+        return
+    try:
+        extents.check_gradients(addresses(moved))
+        assert not clash(moved)
+    except gs.AliasedParametersError:
+        assert clash(moved)
+
+
+@pytest.mark.parametrize("make", [lambda: gs.AdamW(0.1), lambda: gs.Adafactor(), lambda: gs.SGD(0.1, clip_norm=1.0)])
+def test_runs_of_chunks_give_the_bits_of_single_ones(monkeypatch: Any, make: Any) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(5,), (3 << 15,), (700, 65), ((1 << 15) + 1,), (1,), (300, 300)]
+    start = [rng.standard_normal(size, np.float32) for size in sizes]
+    grads = {str(i): rng.standard_normal(size, np.float32) for i, size in enumerate(sizes)}
+
+    def trained() -> Any:
+        opt, params = make(), {str(i): array.copy() for i, array in enumerate(start)}
+        for _ in range(2):
+            opt.apply_gradients(grads, params)
+        return params
+
+    monkeypatch.setattr(launch, "RUN", 1)
+    single = trained()
+    monkeypatch.setattr(launch, "RUN", 16)
+    monkeypatch.setattr(launch, "GRABS", 1)
+    monkeypatch.setattr("gradstep.program.threads.WORTH_THREADS", 0)
+    runs = trained()
+    assert all(np.array_equal(single[name], runs[name]) for name in grads)
