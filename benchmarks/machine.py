@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+REST = 0.02  # seconds
+
 
 def describe(*packages: str) -> str:
     """The processor, how many of them this process may use, and the versions of everything that takes part."""
@@ -29,11 +31,15 @@ def _cpuinfo() -> list[str]:
 def medians(
     sides: Sequence[Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """The median time of each side in milliseconds; they take turns, and the first rounds are not counted."""
+    """The median time of each side in milliseconds; they take turns, and the first rounds are not counted.
+
+    Before each turn there is a rest, so that no side's threads still spin, waiting for work, in the other's time.
+    """
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds + 3):
         before()
         for side, kept in zip(sides, times, strict=True):
+            time.sleep(REST)
             start = time.perf_counter()
             side()
             kept.append(time.perf_counter() - start)

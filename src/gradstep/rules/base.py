@@ -20,7 +20,6 @@ from gradstep.hyperparameters import (
     OptionalScalar,
     Pair,
     Scalar,
-    Settings,
     count,
     flag,
     optional_flag,
@@ -31,6 +30,7 @@ from gradstep.hyperparameters import (
 from gradstep.optimizer import Optimizer
 from gradstep.options import ClipNorm, NonFinite, clip_norm_option, nonfinite_option
 from gradstep.program.graph import Kind
+from gradstep.settings import Settings
 from gradstep.state import StateView
 from gradstep.step.leaf import Leaf
 

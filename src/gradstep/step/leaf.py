@@ -9,9 +9,9 @@ import numpy as np
 
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
-from gradstep.hyperparameters import Settings
 from gradstep.program.graph import Kind, Trace, trace
 from gradstep.program.program import Program
+from gradstep.settings import Settings
 from gradstep.step.match import Match, check_parameter, make_slots
 
 State = tuple[dict[str, dict[str, Any]], dict[str, int], Integers]
