@@ -6,10 +6,11 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from gradstep.arrays.library import ArrayLibrary, recognise
+from gradstep.arrays.library import MemoryLibrary, recognise
 from gradstep.arrays.memory import axis_order, element_strides, strides_in_order
 from gradstep.errors import OutOfRangeError
 from gradstep.learning_rate import to_float
+from gradstep.step.functional import look_at
 from gradstep.step.inspection import Inspector, clip_scale, global_norm
 from gradstep.tree import flatten
 
@@ -44,13 +45,19 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
         raise OutOfRangeError(f"max_norm must be finite and >= 0, got {max_norm}")
     named = flatten(grads, "grads")
     library = recognise(grads=named)
-    norm = _norm(library, named)
-    scale = clip_scale(norm, max_norm)
-    clipped = {name: _scaled(array, scale) for name, array in named.items()}
+    if library.in_place is True:
+        norm = _norm(library, named)
+        scale = clip_scale(norm, max_norm)
+        clipped = {name: _scaled(array, scale) for name, array in named.items()}
+    else:
+        forms = {name: library.describe(array, f"grads[{name!r}]") for name, array in named.items()}
+        look = look_at(library, list(named.values()), max_norm)
+        clipped = {name: array * library.cast(look.scale, forms[name].dtype) for name, array in named.items()}
+        norm = float(library.read(look.norm))
     return cast("Grads", _rebuild(grads, clipped, "")), norm
 
 
-def _norm(library: ArrayLibrary, named: Mapping[str, object]) -> float:
+def _norm(library: MemoryLibrary, named: Mapping[str, object]) -> float:
     by_dtype: dict[str, list[np.ndarray[Any, Any]]] = {}
     for name, array in named.items():
         memory = library.describe(array, f"grads[{name!r}]")

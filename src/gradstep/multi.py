@@ -9,6 +9,7 @@ from gradstep.optimizer import Optimizer
 from gradstep.options import Policy
 from gradstep.state import StateView
 from gradstep.step.leaf import Leaf
+from gradstep.step.outcome import Awaited, Outcome
 
 Filter = str | Callable[[str, Any], bool]
 
@@ -24,6 +25,7 @@ class MultiOptimizer(Optimizer):
             Each is asked once per name.
         clip_norm: clip the gradients of all children together to this global norm; None for not at all.
         nonfinite: "allow", "raise" or "skip" when any gradient holds NaN or infinity.
+        donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
 
     Raises:
         ConfigurationError: numbers that do not match, a child given twice, or a child with options of its own.
@@ -45,16 +47,19 @@ class MultiOptimizer(Optimizer):
         *,
         clip_norm: float | None = None,
         nonfinite: Policy = "allow",
+        donate: bool = False,
     ) -> None:
         self._children = self._checked(optimizers)
         self._filters = _checked_filters(filters, len(self._children))
         self._routes: dict[str, int] = {}
         self._step = 0
-        super().__init__(clip_norm=clip_norm, nonfinite=nonfinite)
+        self._awaited = Awaited()
+        super().__init__(clip_norm=clip_norm, nonfinite=nonfinite, donate=donate)
         self._check_options()
 
     @property
     def step(self) -> int:
+        self._awaited.settle()
         return self._step
 
     @property
@@ -133,7 +138,7 @@ class MultiOptimizer(Optimizer):
         for child in self._children:
             if child._has_options:
                 raise ConfigurationError(
-                    f"{child!r} has clip_norm or nonfinite set, but a step of a MultiOptimizer is one step: "
+                    f"{child!r} has clip_norm, nonfinite or donate set, but a step of a MultiOptimizer is one step: "
                     "set them on the outermost MultiOptimizer"
                 )
             child._check_options()
@@ -141,10 +146,16 @@ class MultiOptimizer(Optimizer):
     def _family(self) -> list[Optimizer]:
         return [self, *(member for child in self._children for member in child._family())]
 
-    def _count_step(self) -> None:
-        self._step += 1
+    def _count_step(self, outcome: Outcome | None = None) -> None:
+        if outcome is None:
+            self._advance()
+        else:
+            self._awaited.add(outcome, self._advance)
         for child in self._children:
-            child._count_step()
+            child._count_step(outcome)
+
+    def _advance(self) -> None:
+        self._step += 1
 
     def __repr__(self) -> str:
         children = ", ".join(map(repr, self._children))

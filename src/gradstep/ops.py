@@ -1,16 +1,10 @@
 """The functions that a rule may call: they build graph nodes on symbols and compute on real arrays."""
 
-import math
-import sys
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
+from gradstep.arrays.library import owner
 from gradstep.errors import RuleError
-from gradstep.program.blocks import sum_of_squares, sum_of_values
 from gradstep.program.graph import Symbol
-from gradstep.program.newton_schulz import newton_schulz
 from gradstep.program.scalars import FUNCTIONS
 
 __all__ = [
@@ -126,7 +120,8 @@ def mean(x: Any, axis: int | None = None) -> Any:
     """The mean over the whole tensor, or over the last (`axis=-1`) or second-to-last axis, kept with length 1.
 
     Sums run in float64 over fixed blocks in C order, so no number of threads changes the result;
-    it is rounded once to the dtype of `x`. The mean of nothing is 0.
+    it is rounded once to the dtype of `x`. (On JAX and MLX arrays the library sums in its own way.) The mean of
+    nothing is 0.
 
     Args:
         x: an array, of at least two dimensions when `axis` is given.
@@ -144,11 +139,7 @@ def mean(x: Any, axis: int | None = None) -> Any:
         raise RuleError(f"mean(x, axis) takes None, -1 or -2, got {axis!r}")
     if isinstance(x, Symbol):
         return x.trace.mean(x, axis)
-    array = _as_numpy(x, "mean")
-    if axis is None:
-        return _like(x, array.dtype.type(sum_of_values(array) / max(array.size, 1)))
-    sums = array.sum(axis=axis, dtype=np.float64, keepdims=True)
-    return _like(x, (sums / max(array.shape[axis], 1)).astype(array.dtype))
+    return _statistic("mean", x, axis)
 
 
 def rms(x: Any) -> Any:
@@ -161,8 +152,7 @@ def rms(x: Any) -> Any:
     """
     if isinstance(x, Symbol):
         return x.trace.whole("rms", x)
-    array = _as_numpy(x, "rms")
-    return _like(x, array.dtype.type(math.sqrt(sum_of_squares(array) / max(array.size, 1))))
+    return _statistic("rms", x)
 
 
 def norm(x: Any) -> Any:
@@ -175,8 +165,7 @@ def norm(x: Any) -> Any:
     """
     if isinstance(x, Symbol):
         return x.trace.whole("norm", x)
-    array = _as_numpy(x, "norm")
-    return _like(x, array.dtype.type(math.sqrt(sum_of_squares(array))))
+    return _statistic("norm", x)
 
 
 def orthogonalize(x: Any, steps: int = 5) -> Any:
@@ -197,8 +186,7 @@ def orthogonalize(x: Any, steps: int = 5) -> Any:
         return x.trace.orthogonalize(x, steps)
     if 0 in x.shape:
         return x
-    copy = x.clone() if hasattr(x, "clone") else x.copy()
-    return newton_schulz(copy.reshape(x.shape[0], -1), steps).reshape(x.shape)
+    return _statistic("orthogonalize", x.reshape(x.shape[0], -1), steps).reshape(x.shape)
 
 
 def _apply(name: str, *args: Any) -> Any:
@@ -207,37 +195,16 @@ def _apply(name: str, *args: Any) -> Any:
             return arg.trace.call(name, *args)
     if all(type(arg) in NUMBERS for arg in args):
         return FUNCTIONS[name](*args)
-    library = _library(args)
-    if library.__name__ == "torch":
-        return _apply_torch(library, name, args)
-    return getattr(library, name)(*args)
-
-
-def _apply_torch(torch: Any, name: str, args: tuple[Any, ...]) -> Any:
-    like = next((arg for arg in args if hasattr(arg, "device") and arg.is_floating_point()), None)
-    if like is None:
-        raise RuleError(f"{name} takes tensors of a floating dtype, got {', '.join(str(arg) for arg in args)}")
-    tensors = [arg if hasattr(arg, "device") else like.new_tensor(arg) for arg in args]
-    result = getattr(torch, name)(*tensors)
-    return torch.where(tensors[0].isnan(), tensors[0], result) if name == "sign" else result  # torch: sign(NaN) is 0
-
-
-def _library(args: tuple[Any, ...]) -> ModuleType:
     for arg in args:
-        root = type(arg).__module__.partition(".")[0]
-        if root in ("numpy", "torch"):
-            return sys.modules[root]
+        library = owner(arg)
+        if library is not None:
+            return library.call(name, *args)
     names = ", ".join(sorted({type(arg).__name__ for arg in args}))
-    raise RuleError(f"expected symbols, numbers, NumPy arrays or PyTorch tensors, got {names}")
+    raise RuleError(f"expected symbols, numbers, or arrays of NumPy, PyTorch, JAX or MLX, got {names}")
 
 
-def _as_numpy(x: Any, name: str) -> np.ndarray[Any, Any]:
-    if isinstance(x, (np.ndarray, np.floating)):
-        return np.asarray(cast("Any", x))
-    if hasattr(x, "detach"):
-        return cast("np.ndarray[Any, Any]", x.detach().numpy())
-    raise RuleError(f"{name}(x) takes an array, got {x!r} ({type(x).__name__})")
-
-
-def _like(x: Any, value: Any) -> Any:
-    return x.new_tensor(value) if hasattr(x, "new_tensor") else value
+def _statistic(name: str, x: Any, *args: Any) -> Any:
+    library = owner(x)
+    if library is None:
+        raise RuleError(f"{name}(x) takes an array, got {x!r} ({type(x).__name__})")
+    return getattr(library, name)(x, *args)

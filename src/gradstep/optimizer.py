@@ -19,18 +19,21 @@ from gradstep.errors import (
     UnknownParameterError,
 )
 from gradstep.interrupts import InterruptsHeld
-from gradstep.options import ClipNorm, NonFinite, Policy
+from gradstep.options import DEFAULTS, ClipNorm, Donate, NonFinite, Policy
 from gradstep.program.arithmetic import IeeeArithmetic
-from gradstep.report import Report
+from gradstep.report import AwaitedReport, Report
+from gradstep.step.functional import FunctionalPlan, Look, refuse_shared
 from gradstep.step.inspection import Inspection, clip_scale
 from gradstep.step.leaf import Leaf
+from gradstep.step.outcome import Outcome
 from gradstep.step.overlap import refuse_overlap
 from gradstep.step.plan import Plan, Share
-from gradstep.tree import named_arrays
+from gradstep.tree import entries_of, named_arrays
 
 Params = TypeVar("Params")
 Result = TypeVar("Result")
-Planned: TypeAlias = tuple[Plan, list[Any], list[Any]]
+AnyPlan: TypeAlias = Plan | FunctionalPlan
+Planned: TypeAlias = tuple[AnyPlan, list[Any], list[Any]]
 
 
 class Optimizer(ABC):
@@ -38,14 +41,17 @@ class Optimizer(ABC):
 
     clip_norm: ClipNorm = ClipNorm()
     nonfinite: NonFinite = NonFinite()
+    donate: Donate = Donate()
     _clip_norm: float | None
     _nonfinite: Policy
+    _donate: bool
 
-    def __init__(self, *, clip_norm: float | None, nonfinite: Policy) -> None:
+    def __init__(self, *, clip_norm: float | None, nonfinite: Policy, donate: bool) -> None:
         self._register()
-        self._report: Report | None = None
+        self._report: Report | AwaitedReport | None = None
         self.clip_norm = clip_norm
         self.nonfinite = nonfinite
+        self.donate = donate
 
     @abstractmethod
     def _leaves(self) -> list[Leaf]:
@@ -70,8 +76,8 @@ class Optimizer(ABC):
         return _locked([member._lock for member in sorted(family, key=lambda member: member._serial)], body)
 
     @abstractmethod
-    def _count_step(self) -> None:
-        """Advance the counters that are not the leaves'."""
+    def _count_step(self, outcome: Outcome | None = None) -> None:
+        """Advance the counters that are not the leaves', at once or when the outcome is known."""
 
     @property
     @abstractmethod
@@ -80,7 +86,9 @@ class Optimizer(ABC):
 
     @property
     def report(self) -> Report | None:
-        """What the last `apply_gradients` did; None before the first."""
+        """What the last `apply_gradients` did; None before the first. Waits for what only a device knows."""
+        if isinstance(self._report, AwaitedReport):
+            self._report = self._report.read()
         return self._report
 
     @property
@@ -110,7 +118,11 @@ class Optimizer(ABC):
 
     def _init(self, params: object) -> None:
         named = named_arrays(params, "params")
-        refuse_overlap(recognise(params=named), named, {})
+        library = recognise(params=named)
+        if library.in_place is True:
+            refuse_overlap(library, named, {})
+        else:
+            refuse_shared(named, named)
         self._forget_routes()
         fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._route(named)]
         self._plan = None  # it holds the old slots
@@ -161,16 +173,19 @@ class Optimizer(ABC):
     def _take_step(self, grads: object, params: object) -> None:
         self._resolve()
         plan, parameters, gradients = self._planned(grads, params)
+        if isinstance(plan, FunctionalPlan):
+            self._replace(plan, parameters, gradients, params)
+        else:
+            self._overwrite(plan, parameters, gradients)
+
+    def _overwrite(self, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
+        """Take the step in the memory of the arrays."""
         plan.gather(parameters, gradients)
         inspection = self._inspect(plan, gradients)
         culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
         if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
             if self._nonfinite == "raise":
-                found = f"hold NaN or infinity: {', '.join(culprits)}" if culprits else "have an infinite norm"
-                raise NonFiniteGradientError(
-                    f"these gradients {found}; nothing was changed. "
-                    'Find the cause, or pass nonfinite="skip" to leave such steps out'
-                )
+                raise _nonfinite_error(culprits)
             self._report = self._make_report(inspection, culprits, applied=False)
             return
         scale = 1.0
@@ -192,12 +207,42 @@ class Optimizer(ABC):
             self._count_step()
             self._report = report
 
+    def _replace(self, plan: FunctionalPlan, parameters: list[Any], gradients: list[Any], params: object) -> None:
+        """Take the step by putting new arrays where the old ones were."""
+        entries = entries_of(params, plan.names)
+        look = plan.look(gradients, self._clip_norm) if self._inspects else None
+        if look and self._nonfinite == "raise":
+            norm, culprits = plan.read(look)
+            if not math.isfinite(norm):
+                raise _nonfinite_error(culprits)
+        plan.fill()
+        outcome = Outcome(plan.library, look.finite) if look and self._nonfinite == "skip" else None
+        rate = self._coming_rate()
+        with InterruptsHeld():  # from here on old arrays may have been donated
+            new_parameters, new_slots = plan.run(parameters, gradients, look)
+            for (container, key), array in zip(entries, new_parameters, strict=True):
+                container[key] = array
+            plan.advance(new_slots, outcome)
+            self._count_step(outcome)
+            self._report = AwaitedReport(lambda: self._read_report(plan, look, outcome, rate))
+
+    def _read_report(
+        self, plan: FunctionalPlan, look: Look | None, outcome: Outcome | None, rate: float | None
+    ) -> Report:
+        norm, culprits = plan.read(look) if look else (None, ())
+        return Report(outcome.applied if outcome else True, self.step, rate, norm, culprits)
+
+    @property
+    def _inspects(self) -> bool:
+        """Whether the gradients are looked at before the step."""
+        return self._clip_norm is not None or self._nonfinite != "allow"
+
     def _make_report(self, inspection: Inspection | None, culprits: tuple[str, ...], *, applied: bool) -> Report:
         norm = inspection.norm if inspection else None
         return Report(applied, self.step + applied, self._coming_rate(), norm, culprits)
 
     def _inspect(self, plan: Plan, gradients: Sequence[Any]) -> Inspection | None:
-        if self._clip_norm is None and self._nonfinite == "allow":
+        if not self._inspects:
             return None
         with IeeeArithmetic():
             return plan.inspect(gradients)
@@ -223,30 +268,38 @@ class Optimizer(ABC):
 
     def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> "PlanKey":
         epochs = [leaf.epoch for leaf in self._leaves()]
-        return PlanKey(list(named), list(wanted), self._clip_norm is not None, epochs)
+        options = self._clip_norm is not None, self._nonfinite == "skip", self._donate
+        return PlanKey(list(named), list(wanted), options, epochs)
 
     def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> Planned:
         self._plan = None  # its scratch is free before the next plan takes its own
         key = self._plan_key(wanted, named)  # before anything that it stands for is read
         chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
         library = recognise(params=chosen, grads=wanted)
-        refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
-        shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
-        plan = Plan(library, shares, chosen, wanted, clipped=self._clip_norm is not None)
+        clipped, skipping, donating = key.options
+        if library.in_place is True:
+            refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
+            shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
+            plan = Plan(library, shares, chosen, wanted, clipped=clipped)
+        else:
+            refuse_shared(named, chosen)
+            plan = FunctionalPlan(
+                library, self._route(chosen), chosen, wanted, clipped=clipped, skipping=skipping, donating=donating
+            )
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
         self._plan = _CachedPlan(key, plan, parameters, gradients)
         return plan, parameters, gradients
 
     @property
     def _has_options(self) -> bool:
-        """Whether `clip_norm` or `nonfinite` differ from their defaults."""
-        return self._clip_norm is not None or self._nonfinite != "allow"
+        """Whether any option differs from its default."""
+        return bool(self._spelled_options)
 
     @property
     def _spelled_options(self) -> str:
         """The options that differ from their defaults, as further arguments."""
-        clip = "" if self._clip_norm is None else f", clip_norm={self._clip_norm!r}"
-        return clip + ("" if self._nonfinite == "allow" else f", nonfinite={self._nonfinite!r}")
+        given = {name: getattr(self, name) for name in DEFAULTS}
+        return "".join(f", {name}={value!r}" for name, value in given.items() if value != DEFAULTS[name])
 
     if not TYPE_CHECKING:  # type checkers find misspelt attributes themselves, unless they see this
 
@@ -256,6 +309,7 @@ class Optimizer(ABC):
             super().__setattr__(name, value)
 
     def _snapshot(self, memo: dict[int, Any]) -> dict[str, Any]:
+        _ = self.report  # nothing that awaits a device is copied
         kept = vars(self).keys() - {"_lock", "_plan", "_serial"}
         return self._exclusively(lambda: copy.deepcopy({name: vars(self)[name] for name in kept}, memo))
 
@@ -316,16 +370,16 @@ class PlanKey(NamedTuple):
 
     parameters: list[str]
     gradients: list[str]
-    clipped: bool
+    options: tuple[bool, bool, bool]  # clipping, skipping, donating
     epochs: list[int]
 
 
 class _CachedPlan:
     """A plan, and what must still be the same for it to serve again."""
 
-    def __init__(self, key: PlanKey, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
+    def __init__(self, key: PlanKey, plan: AnyPlan, parameters: list[Any], gradients: list[Any]) -> None:
         self.key, self.plan = key, plan
-        watch = plan.library.watch
+        watch = plan.watch
         self._parameters, self._gradients = watch(parameters), watch(gradients)
         self._slots = watch(plan.shown_slots)
         self._orders = _order(plan.names, key.parameters), _order(plan.names, key.gradients)
@@ -349,6 +403,8 @@ class _CachedPlan:
         found = self._parameters.locate(parameters), self._gradients.locate(gradients)
         if OTHER in found or not self._slots_stayed():
             return False
+        if isinstance(self.plan, FunctionalPlan):
+            return True
         if found[0] != STAYED or not settled:
             self.plan.move(self._parameters.addresses, self._gradients.addresses)
         elif found[1] != STAYED:
@@ -379,6 +435,14 @@ def _pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
             f"there are gradients for {_listing(unknown)}, but params holds {_listing(list(named))}; "
             "a gradient needs a parameter of its name"
         ) from None
+
+
+def _nonfinite_error(culprits: Sequence[str]) -> NonFiniteGradientError:
+    found = f"hold NaN or infinity: {', '.join(culprits)}" if culprits else "have an infinite norm"
+    return NonFiniteGradientError(
+        f"these gradients {found}; nothing was changed. "
+        'Find the cause, or pass nonfinite="skip" to leave such steps out'
+    )
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The options that every optimizer has: clipping within the step, and what to do about non-finite gradients."""
+"""The options that every optimizer has: clipping within the step, what to do about non-finite gradients, donation."""
 
 import math
 from typing import Any, Literal, Protocol, TypeAlias, overload
@@ -8,6 +8,7 @@ from gradstep.learning_rate import to_float
 
 Policy: TypeAlias = Literal["allow", "raise", "skip"]
 POLICIES = ("allow", "raise", "skip")
+DEFAULTS: dict[str, Any] = {"clip_norm": None, "nonfinite": "allow", "donate": False}
 
 
 class Holder(Protocol):
@@ -15,6 +16,7 @@ class Holder(Protocol):
 
     _clip_norm: float | None
     _nonfinite: Policy
+    _donate: bool
 
 
 class ClipNorm:
@@ -51,6 +53,22 @@ class NonFinite:
         instance._nonfinite = value  # pyright: ignore[reportPrivateUsage]
 
 
+class Donate:
+    """Whether JAX may reuse the memory of the old parameters and slots, which invalidates them."""
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "Donate": ...
+    @overload
+    def __get__(self, instance: Holder, owner: type) -> bool: ...
+    def __get__(self, instance: Holder | None, owner: type) -> "Donate | bool":
+        return self if instance is None else instance._donate  # pyright: ignore[reportPrivateUsage]
+
+    def __set__(self, instance: Holder, value: bool) -> None:
+        if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"donate must be True or False, got {value!r}")
+        instance._donate = value  # pyright: ignore[reportPrivateUsage]
+
+
 def clip_norm_option(*, default: float | None) -> Any:
     """Declare the option for the signature of a family."""
     return ClipNorm()
@@ -59,3 +77,8 @@ def clip_norm_option(*, default: float | None) -> Any:
 def nonfinite_option(*, default: Policy) -> Any:
     """Declare the option for the signature of a family."""
     return NonFinite()
+
+
+def donate_option(*, default: bool) -> Any:
+    """Declare the option for the signature of a family."""
+    return Donate()

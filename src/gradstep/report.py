@@ -1,5 +1,6 @@
 """What a call of `apply_gradients` did."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -20,3 +21,10 @@ class Report:
     learning_rate: float | None
     grad_norm: float | None
     culprits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitedReport:
+    """A report that only a device can complete; read when somebody asks for it."""
+
+    read: Callable[[], Report]

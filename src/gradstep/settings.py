@@ -48,7 +48,8 @@ class Settings:
         return {cell.symbol: cell.value for cell in self.cells if not cell.source.is_schedule}
 
     @cached_property
-    def _scheduled(self) -> list[Cell]:
+    def scheduled(self) -> list[Cell]:
+        """The scalars that are schedules."""
         return [cell for cell in self.cells if cell.source.is_schedule]
 
     def current(self, name: str) -> Any:
@@ -60,21 +61,21 @@ class Settings:
 
     def upcoming(self, step: int) -> dict[str, float]:
         """The value of every scalar for `step`, by the name of its symbol."""
-        return self._fixed | {cell.symbol: cell.upcoming(step) for cell in self._scheduled}
+        return self._fixed | {cell.symbol: cell.upcoming(step) for cell in self.scheduled}
 
     def resolve(self, step: int) -> None:
         """Call the schedules for `step`, each at most once; their values stay pending."""
-        for cell in self._scheduled:
+        for cell in self.scheduled:
             cell.resolve(step)
 
     def publish(self) -> None:
         """Make the pending values current."""
-        for cell in self._scheduled:
+        for cell in self.scheduled:
             cell.publish()
 
     def check_rounded(self, step: int, dtype: str) -> None:
         """Repeat the checks on the values as the compute dtype holds them; on fixed values once."""
-        for cell in self._scheduled if dtype in self._rounded else self.cells:
+        for cell in self.scheduled if dtype in self._rounded else self.cells:
             cell.check_rounded(step, dtype)
         self._rounded.add(dtype)
 

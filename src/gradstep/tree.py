@@ -1,9 +1,9 @@
 """Trees of arrays: nested mappings and sequences flattened to dotted names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
-from gradstep.errors import ArgumentTypeError, DuplicateNameError
+from gradstep.errors import ArgumentTypeError, DuplicateNameError, ReadOnlyError
 
 Tree: TypeAlias = "Mapping[str, object] | Mapping[int, object] | list[object] | tuple[object, ...]"
 
@@ -92,3 +92,38 @@ def _collect(
 
 def _spell(path: tuple[object, ...]) -> str:
     return "".join(f"[{key!r}]" for key in path) or " (the top)"
+
+
+def entries_of(tree: object, names: Sequence[str]) -> list[tuple[Any, Any]]:
+    """For each named leaf of `tree`, the container and key under which it can be replaced.
+
+    Raises:
+        ReadOnlyError: a container that holds one of them cannot be written: a tuple, or a read-only mapping.
+    """
+    if type(tree) is dict and all(name in cast("dict[str, Any]", tree) for name in names):
+        return [(tree, name) for name in names]
+    found: dict[str, tuple[Any, Any]] = {}
+    _find_entries(cast("Tree", tree), (), found)
+    entries = [found[name] for name in names]
+    for container in {id(container): container for container, _ in entries}.values():
+        if type(container) not in (dict, list):
+            _try_to_write(container, next(key for other, key in entries if other is container))
+    return entries
+
+
+def _find_entries(tree: Tree, path: tuple[object, ...], found: dict[str, tuple[Any, Any]]) -> None:
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        if isinstance(value, (Mapping, list, tuple)):
+            _find_entries(cast("Tree", value), (*path, key), found)
+        else:
+            found[".".join(map(str, (*path, key)))] = (tree, key)
+
+
+def _try_to_write(container: Any, key: object) -> None:
+    try:
+        container[key] = container[key]
+    except Exception as error:
+        raise ReadOnlyError(
+            f"params: the entry {key!r} of a {type(container).__name__} cannot be replaced, and arrays of this library "
+            "cannot be written in place; use dicts and lists"
+        ) from error

@@ -1,8 +1,8 @@
 """What the optimizer asks of an array library: one small interface, and how a library is recognised."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -34,10 +34,36 @@ def found(watch: Watch, addresses: Sequence[int]) -> Found:
     return STAYED if stayed else MOVED
 
 
-class ArrayLibrary(Protocol):
-    """One array library. Arrays of the library are opaque to everybody else."""
+class Operations(Protocol):
+    """What a rule may do with arrays of one library; the operators + - * / and comparisons are the arrays' own."""
 
     name: str
+
+    def call(self, name: str, *args: Any) -> Any:
+        """An elementwise function of `gradstep.ops`, of arrays and numbers."""
+        ...
+
+    def mean(self, x: Any, axis: int | None) -> Any:
+        """The mean over everything, or over one axis, which stays with length 1."""
+        ...
+
+    def rms(self, x: Any) -> Any:
+        """The root of the mean square."""
+        ...
+
+    def norm(self, x: Any) -> Any:
+        """The Euclidean norm."""
+        ...
+
+    def orthogonalize(self, x: Any, steps: int) -> Any:
+        """A matrix orthogonalized by Newton-Schulz iterations."""
+        ...
+
+
+class MemoryLibrary(Operations, Protocol):
+    """A library whose arrays are written where they lie."""
+
+    in_place: Literal[True]
 
     def describe(self, array: Any, what: str) -> Memory:
         """Where the array lies; an error that begins with `what` for one that cannot take part."""
@@ -64,20 +90,98 @@ class ArrayLibrary(Protocol):
         ...
 
 
-def recognise(**trees: Mapping[str, object]) -> ArrayLibrary:
+class Form(NamedTuple):
+    """What must agree between an array that never changes, its gradient and its slots."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    place: object
+
+
+class FunctionalLibrary(Operations, Protocol):
+    """A library whose arrays never change: a step makes new ones, in one compiled function."""
+
+    in_place: Literal[False]
+    adapter: str
+    """The module of gradstep that works inside of transformations."""
+
+    def describe(self, array: Any, what: str) -> Form:
+        """The array's form; an error that begins with `what` for one that cannot take part."""
+        ...
+
+    def is_tracing(self, arrays: list[Any]) -> bool:
+        """Whether arrays stand for values inside a transformation, wherever that can be noticed."""
+        ...
+
+    def devices(self, form: Form) -> object:
+        """Where the array lies, comparable and readable."""
+        ...
+
+    def zeros(self, form: Form) -> Any:
+        """A new array."""
+        ...
+
+    def table(self, values: np.ndarray[Any, Any], dtype: str) -> Any:
+        """Float64 scalars as an array of `dtype`."""
+        ...
+
+    def number(self, value: float, dtype: str) -> Any:
+        """A constant, exact in `dtype`."""
+        ...
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """The array in another dtype."""
+        ...
+
+    def largest(self, x: Any) -> Any:
+        """The largest element; 0 for an empty array."""
+        ...
+
+    def total(self, x: Any) -> Any:
+        """The sum of all elements."""
+        ...
+
+    def all_finite(self, x: Any) -> Any:
+        """Whether no element is NaN or infinite."""
+        ...
+
+    def stack(self, values: list[Any]) -> Any:
+        """Values without dimensions as one array."""
+        ...
+
+    def keep_place(self, x: Any, form: Form) -> Any:
+        """Within a compiled function: `x`, laid out over devices as `form` says."""
+        ...
+
+    def compile(self, function: Callable[..., Any], donated: Sequence[int] = ()) -> Callable[..., Any]:
+        """The function compiled once per forms of its arguments, trees of arrays; donated ones lend their memory."""
+        ...
+
+    def read(self, x: Any) -> Any:
+        """The value as a NumPy array; waits until it has been computed."""
+        ...
+
+
+Library: TypeAlias = MemoryLibrary | FunctionalLibrary
+
+
+def recognise(**trees: Mapping[str, object]) -> Library:
     """The one library that owns all arrays of the trees; no library is imported that the caller has not.
 
     Raises:
         ArgumentTypeError: the arrays belong to different libraries, or an entry is no array.
     """
-    found: dict[type, ArrayLibrary] = {}
-    first: tuple[str, ArrayLibrary] | None = None
+    found: dict[type, Library] = {}
+    first: tuple[str, Library] | None = None
     for tree, named in trees.items():
         for name, value in named.items():
             if type(value) in found:
                 continue
             what = f"{tree}[{name!r}]"
-            library = found[type(value)] = _library_of(value, what)
+            library = owner(value)
+            if library is None or _is_number(value):
+                raise ArgumentTypeError(f"{what} is {_came(value)}; expected an array of NumPy, PyTorch, JAX or MLX")
+            found[type(value)] = library
             first = first or (what, library)
             if library is not first[1]:
                 raise ArgumentTypeError(
@@ -87,26 +191,39 @@ def recognise(**trees: Mapping[str, object]) -> ArrayLibrary:
     return first[1] if first else _numpy()
 
 
-def _library_of(value: object, what: str) -> ArrayLibrary:
-    if isinstance(value, np.ndarray):
+def owner(value: object) -> Library | None:
+    """The library of an array, by the modules that have been imported; None for what is no array."""
+    if isinstance(value, (np.ndarray, np.generic)):
         return _numpy()
-    torch = sys.modules.get("torch")
+    torch, jax, mlx = map(sys.modules.get, ("torch", "jax", "mlx.core"))
     if torch is not None and isinstance(value, torch.Tensor):
         from gradstep.arrays.torch import TORCH
 
         return TORCH
-    raise ArgumentTypeError(f"{what} is {_came(value)}; expected a NumPy array or a PyTorch tensor")
+    if jax is not None and isinstance(value, jax.Array):
+        from gradstep.arrays.jax import JAX
+
+        return JAX
+    if mlx is not None and isinstance(value, mlx.array):
+        from gradstep.arrays.mlx import MLX
+
+        return MLX
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (bool, int, float, complex, np.generic))
 
 
 def _came(value: object) -> str:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     remedy = ""
-    if isinstance(value, (bool, int, float, complex, np.generic)):
+    if _is_number(value):
         remedy = ", a plain number, not an array: wrap it in np.array(..., dtype=np.float32)"
     return f"a {kind}{remedy}"
 
 
-def _numpy() -> ArrayLibrary:
+def _numpy() -> MemoryLibrary:
     from gradstep.arrays.numpy import NUMPY
 
     return NUMPY

@@ -1,14 +1,17 @@
 """NumPy arrays."""
 
 import ctypes
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from gradstep.arrays.library import OTHER, Found, found
 from gradstep.arrays.memory import ITEMSIZES, Memory
 from gradstep.errors import ArgumentTypeError, DtypeError
+from gradstep.program.blocks import sum_of_squares, sum_of_values
+from gradstep.program.newton_schulz import newton_schulz
 
 Array = np.ndarray[Any, Any]
 
@@ -19,9 +22,36 @@ class NumPy:
     """Arrays of NumPy, written where they lie."""
 
     name = "NumPy"
+    in_place: Literal[True] = True
+
+    def call(self, name: str, *args: Any) -> Any:
+        """See `Operations.call`."""
+        return getattr(np, name)(*args)
+
+    def mean(self, x: Any, axis: int | None) -> Any:
+        """See `Operations.mean`."""
+        array = np.asarray(x)
+        if axis is None:
+            return array.dtype.type(sum_of_values(array) / max(array.size, 1))
+        sums = array.sum(axis=axis, dtype=np.float64, keepdims=True)
+        return (sums / max(array.shape[axis], 1)).astype(array.dtype)
+
+    def rms(self, x: Any) -> Any:
+        """See `Operations.rms`."""
+        array = np.asarray(x)
+        return array.dtype.type(math.sqrt(sum_of_squares(array) / max(array.size, 1)))
+
+    def norm(self, x: Any) -> Any:
+        """See `Operations.norm`."""
+        array = np.asarray(x)
+        return array.dtype.type(math.sqrt(sum_of_squares(array)))
+
+    def orthogonalize(self, x: Any, steps: int) -> Any:
+        """See `Operations.orthogonalize`."""
+        return newton_schulz(x.copy(), steps)
 
     def describe(self, array: Array, what: str) -> Memory:
-        """See `ArrayLibrary.describe`."""
+        """See `MemoryLibrary.describe`."""
         if isinstance(array, np.ma.MaskedArray):
             raise ArgumentTypeError(f"{what} is a masked array, and a step would ignore the mask; pass .filled()")
         if array.dtype.name not in ITEMSIZES or not array.dtype.isnative:
@@ -32,20 +62,20 @@ class NumPy:
         return Memory(_address(array), array.shape, array.strides, array.dtype.name, array.flags.writeable)
 
     def watch(self, arrays: list[Array]) -> "Watched":
-        """See `ArrayLibrary.watch`."""
+        """See `MemoryLibrary.watch`."""
         return Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Array:
-        """See `ArrayLibrary.zeros`."""
+        """See `MemoryLibrary.zeros`."""
         array = np.zeros([shape[axis] for axis in order], dtype)
         return array.transpose(np.argsort(order)) if len(order) else array
 
     def as_numpy(self, array: Array) -> Array:
-        """See `ArrayLibrary.as_numpy`."""
+        """See `MemoryLibrary.as_numpy`."""
         return array.view(np.ndarray)
 
     def from_numpy(self, array: Array) -> Array:
-        """See `ArrayLibrary.from_numpy`."""
+        """See `MemoryLibrary.from_numpy`."""
         return array
 
     def wrote(self, arrays: list[Array]) -> None:

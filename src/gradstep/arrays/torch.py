@@ -4,15 +4,17 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from gradstep.arrays.exchange import Exchange, ExchangeWatch, describing_function
 from gradstep.arrays.library import MOVED, OTHER, STAYED, Found, found
 from gradstep.arrays.memory import ITEMSIZES, Memory
+from gradstep.arrays.numpy import NUMPY
 from gradstep.arrays.torch_offsets import find_offsets
-from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, TracingError
+from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, RuleError, TracingError
+from gradstep.program.newton_schulz import newton_schulz
 
 torch: Any = importlib.import_module("torch")
 _Tensor: Any = torch.Tensor
@@ -22,9 +24,44 @@ class Torch:
     """Tensors of PyTorch, written where they lie, with their version counters advanced."""
 
     name = "PyTorch"
+    in_place: Literal[True] = True
+
+    def call(self, name: str, *args: Any) -> Any:
+        """See `Operations.call`."""
+        like = next((arg for arg in args if isinstance(arg, _Tensor) and arg.is_floating_point()), None)
+        if like is None:
+            raise RuleError(f"{name} takes tensors of a floating dtype, got {', '.join(str(arg) for arg in args)}")
+        tensors = [arg if isinstance(arg, _Tensor) else like.new_tensor(arg) for arg in args]
+        result = getattr(torch, name)(*tensors)
+        return (
+            torch.where(tensors[0].isnan(), tensors[0], result) if name == "sign" else result
+        )  # torch: sign(NaN) is 0
+
+    def mean(self, x: Any, axis: int | None) -> Any:
+        """See `Operations.mean`."""
+        if _has_memory(x):
+            return x.new_tensor(NUMPY.mean(x.detach().numpy(), axis))
+        sums = x.sum(dtype=torch.float64) if axis is None else x.sum(axis, keepdim=True, dtype=torch.float64)
+        return (sums / max(x.numel() if axis is None else x.shape[axis], 1)).to(x.dtype)
+
+    def rms(self, x: Any) -> Any:
+        """See `Operations.rms`."""
+        if _has_memory(x):
+            return x.new_tensor(NUMPY.rms(x.detach().numpy()))
+        return (x.double().square().sum() / max(x.numel(), 1)).sqrt().to(x.dtype)
+
+    def norm(self, x: Any) -> Any:
+        """See `Operations.norm`."""
+        if _has_memory(x):
+            return x.new_tensor(NUMPY.norm(x.detach().numpy()))
+        return x.double().square().sum().sqrt().to(x.dtype)
+
+    def orthogonalize(self, x: Any, steps: int) -> Any:
+        """See `Operations.orthogonalize`."""
+        return newton_schulz(x.clone(), steps)
 
     def describe(self, array: Any, what: str) -> Memory:
-        """See `ArrayLibrary.describe`."""
+        """See `MemoryLibrary.describe`."""
         if array.layout is not torch.strided:
             raise ArgumentTypeError(f"{what} is a sparse tensor ({array.layout}); pass a dense one: .to_dense()")
         if array.device.type != "cpu":
@@ -46,21 +83,21 @@ class Torch:
         return Memory(address, tuple(array.shape), tuple(stride * itemsize for stride in array.stride()), dtype)
 
     def watch(self, arrays: list[Any]) -> "ExchangeWatch | Watched":
-        """See `ArrayLibrary.watch`."""
+        """See `MemoryLibrary.watch`."""
         exchange = _exchange()
         return ExchangeWatch(exchange, arrays, _any_negated) if exchange else Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:
-        """See `ArrayLibrary.zeros`."""
+        """See `MemoryLibrary.zeros`."""
         tensor = torch.zeros([shape[axis] for axis in order], dtype=getattr(torch, dtype), device="cpu")
         return tensor.permute(*np.argsort(order).tolist()) if len(order) else tensor
 
     def as_numpy(self, array: Any) -> np.ndarray[Any, Any]:
-        """See `ArrayLibrary.as_numpy`."""
+        """See `MemoryLibrary.as_numpy`."""
         return cast("np.ndarray[Any, Any]", array.detach().numpy())
 
     def from_numpy(self, array: np.ndarray[Any, Any]) -> Any:
-        """See `ArrayLibrary.from_numpy`."""
+        """See `MemoryLibrary.from_numpy`."""
         return torch.from_numpy(array)
 
     def wrote(self, arrays: list[Any]) -> None:
@@ -112,6 +149,11 @@ def _layouts(arrays: list[Any]) -> tuple[object, ...]:
         [array.is_cpu for array in arrays],
         _any_negated(arrays),
     )
+
+
+def _has_memory(x: Any) -> bool:
+    """Whether NumPy can see the tensor's elements."""
+    return x.is_cpu and x.dtype in (torch.float32, torch.float64)
 
 
 def _any_negated(arrays: list[Any]) -> bool:

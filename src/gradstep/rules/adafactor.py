@@ -52,6 +52,7 @@ class Adafactor(RuleOptimizer):
         warmup_init: let the relative step begin at `1e-6 * t`.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
+        donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

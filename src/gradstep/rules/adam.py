@@ -25,6 +25,7 @@ class Adam(RuleOptimizer):
         bias_correction: make up for the means' start at zero.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
+        donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.
@@ -74,6 +75,7 @@ class AdamW(RuleOptimizer):
         bias_correction: make up for the means' start at zero.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
+        donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

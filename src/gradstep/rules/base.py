@@ -28,11 +28,20 @@ from gradstep.hyperparameters import (
     scalar,
 )
 from gradstep.optimizer import Optimizer
-from gradstep.options import ClipNorm, NonFinite, clip_norm_option, nonfinite_option
+from gradstep.options import (
+    DEFAULTS,
+    ClipNorm,
+    Donate,
+    NonFinite,
+    clip_norm_option,
+    donate_option,
+    nonfinite_option,
+)
 from gradstep.program.graph import Kind
 from gradstep.settings import Settings
 from gradstep.state import StateView
 from gradstep.step.leaf import Leaf
+from gradstep.step.outcome import Outcome
 
 __all__ = [
     "DECAY", "FINITE", "NON_NEGATIVE", "NON_POSITIVE", "POSITIVE",
@@ -44,7 +53,7 @@ __all__ = [
 @dataclass_transform(
     kw_only_default=True,
     field_specifiers=(
-        scalar, optional_scalar, pair, flag, optional_flag, count, clip_norm_option, nonfinite_option,
+        scalar, optional_scalar, pair, flag, optional_flag, count, clip_norm_option, nonfinite_option, donate_option,
     ),
 )  # fmt: skip
 class Declarative:
@@ -61,6 +70,7 @@ class RuleOptimizer(Declarative, Optimizer):
 
     clip_norm: ClipNorm = clip_norm_option(default=None)
     nonfinite: NonFinite = nonfinite_option(default="allow")
+    donate: Donate = donate_option(default=False)
     rule: ClassVar[Callable[..., object]]
     slot_kinds: ClassVar[Mapping[str, Kind]] = {}
     _fields: ClassVar[dict[str, Field]] = {}
@@ -78,7 +88,7 @@ class RuleOptimizer(Declarative, Optimizer):
             hint = _hint(type(self).__signature__, kwargs)
             raise ArgumentTypeError(f"{name}: {error}{hint}; its arguments are {type(self).__signature__}") from None
         bound.apply_defaults()
-        options = {option: bound.arguments.pop(option) for option in ("clip_norm", "nonfinite")}
+        options = {option: bound.arguments.pop(option) for option in DEFAULTS}
         super().__init__(**options)
         self._leaf = Leaf(type(self), Settings(name, self._fields))
         self.set_hyperparameters(bound.arguments)
@@ -135,7 +145,7 @@ class RuleOptimizer(Declarative, Optimizer):
     def _family(self) -> list[Optimizer]:
         return [self]
 
-    def _count_step(self) -> None:
+    def _count_step(self, outcome: Outcome | None = None) -> None:
         pass  # `step` is counted with the state
 
     def __repr__(self) -> str:
@@ -152,8 +162,7 @@ def _signature(fields: Mapping[str, Field]) -> inspect.Signature:
         )
         for name, field in fields.items()
     ]
-    options = [("clip_norm", None), ("nonfinite", "allow")]
-    arguments += [inspect.Parameter(name, kinds[True], default=default) for name, default in options]
+    arguments += [inspect.Parameter(name, kinds[True], default=default) for name, default in DEFAULTS.items()]
     return inspect.Signature(sorted(arguments, key=lambda argument: argument.kind))
 
 

@@ -1,22 +1,22 @@
 """Tensors of one optimizer that run the same program: their tables, their scratch, and the run through all sweeps."""
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from gradstep.arrays.library import ArrayLibrary
+from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Integers
 from gradstep.program.compiler import compile_kernel
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
 from gradstep.program.program import Program, place_of, small_inputs
-from gradstep.step.launch import Doubles, Launch, flat_chunks, matrix_chunks
+from gradstep.step.launch import Launch, flat_chunks, matrix_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
+from gradstep.step.scalars import ScalarTable
 from gradstep.step.small import SmallValues, matrix_statistic, whole_statistic
 
 Array = np.ndarray[Any, Any]
@@ -33,7 +33,7 @@ class Scratch:
 class Batch:
     """All tensors that share an optimizer, a program and dtypes."""
 
-    def __init__(self, leaf: Leaf, library: ArrayLibrary, matches: Sequence[Match]) -> None:
+    def __init__(self, leaf: Leaf, library: MemoryLibrary, matches: Sequence[Match]) -> None:
         self.leaf, self._library, self.matches = leaf, library, list(matches)
         self.program: Program = matches[0].program
         self.dtype = matches[0].memory["w"].dtype
@@ -49,7 +49,8 @@ class Batch:
         self._views: dict[str, list[Any]] = {}
         self._stacks = [math.prod(match.shape[:-2]) for match in matches]  # how many matrices each tensor holds
         self._dimensions = self._measure()
-        self._make_scalar_table()
+        names, shapes = [match.name for match in matches], [match.shape for match in matches]
+        self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
         for place in ("w", "g", *self.program.slots):
             self._lay_out(place)
@@ -63,21 +64,6 @@ class Batch:
         shapes = [match.shape for match in self.matches]
         return np.array([(*shape[-2:], -(-shape[-2] // ROWS)) for shape in shapes], np.int64)
 
-    def _make_scalar_table(self) -> None:
-        program = self.program.scalars
-        axes = sorted(set(program.dimensions))
-        # An empty parameter has no use for its scalars, but they are computed: no length is 0.
-        self._shapes = [{axis: match.shape[axis] or 1 for axis in axes} for match in self.matches]
-        self._needs_count = "t" in program.hyperparameters
-        self._ledger_rows = self.leaf.reserve([match.name for match in self.matches]).tolist()
-        height = len(self.matches) if self._needs_count or axes else 1
-        self._scalars: Doubles = np.zeros((height, max(len(program), 1)))
-        self._row = struct.Struct(f"{len(program)}d")
-        self._rows: Integers = np.zeros(len(self.matches), np.int64)
-        self._row_owners: list[int] = []
-        self._expected_step = -1
-        self._known: bytes | None = None
-
     def _launch(self, level: int) -> Launch:
         sweep = self.program.sweeps[level]
         dtypes = {"g": self.gradient_dtype}
@@ -88,7 +74,7 @@ class Batch:
             chunks = flat_chunks(self.sizes)
         launch = Launch(
             kernel, chunks, len(self.matches), int(self.sizes.sum()),
-            rows=self._rows, scalars=self._scalars, dimensions=self._dimensions,
+            rows=self._scalars.rows, scalars=self._scalars.values, dimensions=self._dimensions,
         )  # fmt: skip
         for reduction in sweep.reductions:
             place = place_of(reduction)
@@ -166,7 +152,7 @@ class Batch:
     def prepare(self, clip_scale: float) -> None:
         """Fill the scalars and run every sweep but the last: all that is written is scratch."""
         self.leaf.check_rounded(self.dtype)
-        self._fill_scalars(clip_scale)
+        self._scalars.fill(clip_scale)
         if len(self._launches) == 1:
             return
         with np.errstate(all="ignore"):
@@ -179,7 +165,7 @@ class Batch:
 
     def commit(self, parameters: Sequence[Any]) -> None:
         """Write parameters and slots. Nothing in here can fail."""
-        self._expected_step = self.leaf.step + 1
+        self._scalars.advance()
         self._launches[-1].run()
         for target, value in self._results:
             np.copyto(target, value)
@@ -188,46 +174,17 @@ class Batch:
                 array = parameters[scratch.tensor] if scratch.array is None else scratch.array
                 np.copyto(self._library.as_numpy(array), scratch.copy)
 
-    def _fill_scalars(self, clip_scale: float) -> None:
-        """Compute the scalar expressions, once for all tensors with the same count of steps and shape."""
-        program = self.program.scalars
-        if not program:
-            return
-        if self.leaf.step != self._expected_step:  # not the step after this plan's last: counts may have parted
-            self._share_rows()
-        known = {**self.leaf.scalars(), "clip_scale": clip_scale}
-        bits = None if self._needs_count else struct.pack(f"{len(known)}d", *known.values())  # tells 0.0 from -0.0
-        if bits is not None and bits == self._known:
-            return
-        self._known = None  # until the table has been filled
-        for row, tensor in enumerate(self._row_owners):
-            count = {"t": self.leaf.count(self._ledger_rows[tensor]) + 1}
-            values = program.evaluate(known | count, self._shapes[tensor], self.dtype)
-            self._row.pack_into(self._scalars.data, row * self._row.size, *values)
-        self._known = bits
-
-    def _share_rows(self) -> None:
-        """Give one row of scalars to all tensors for which they are equal."""
-        self._known, self._row_owners = None, []
-        rows: dict[tuple[int, ...], int] = {}
-        for tensor, shape in enumerate(self._shapes):
-            count = self.leaf.count(self._ledger_rows[tensor]) if self._needs_count else 0
-            row = rows.setdefault((count, *shape.values()), len(rows))
-            if row == len(self._row_owners):
-                self._row_owners.append(tensor)
-            self._rows[tensor] = row
-
     def _values(self) -> list[SmallValues]:
         """What is known before the first sweep: scalars, and the slots of rows and columns."""
         indices = self.program.scalar_places
-        table = self._scalars[: len(self._row_owners)].astype(self.dtype)
+        table = self._scalars.values[: self._scalars.used].astype(self.dtype)
         scalars: list[dict[int, Any]] = [dict(zip(indices, row, strict=False)) for row in table]
         scalars = scalars or [{}]
         slots = {s.index: self._views[s.attribute] for s in self.program.symbols if s.attribute in self._views}
         values: list[SmallValues] = []
         for i in range(len(self.matches)):
             known: dict[int, Any] = {index: views[i] for index, views in slots.items()}
-            values.append(SmallValues(self.dtype, scalars[int(self._rows[i])] | known))
+            values.append(SmallValues(self.dtype, scalars[int(self._scalars.rows[i])] | known))
         return values
 
     def _finish(self, level: int, values: list[SmallValues]) -> None:
@@ -265,7 +222,7 @@ def _addresses(arrays: Sequence[Array]) -> Integers:
     return np.array([array.ctypes.data for array in arrays], np.int64)
 
 
-def batches(leaf: Leaf, library: ArrayLibrary, matches: Sequence[Match]) -> list[Batch]:
+def batches(leaf: Leaf, library: MemoryLibrary, matches: Sequence[Match]) -> list[Batch]:
     """Sort matches by program and dtypes, and make a batch of each sort."""
     sorts: dict[Any, list[Match]] = {}
     for match in matches:

@@ -12,7 +12,9 @@ from gradstep.arrays.memory import Integers
 from gradstep.program.graph import Kind, Trace, trace
 from gradstep.program.program import Program
 from gradstep.settings import Settings
+from gradstep.step import forms
 from gradstep.step.match import Match, check_parameter, make_slots
+from gradstep.step.outcome import Awaited, Outcome
 
 State = tuple[dict[str, dict[str, Any]], dict[str, int], Integers]
 
@@ -35,7 +37,8 @@ class Leaf:
 
     def __init__(self, family: Family, settings: Settings) -> None:
         self._family, self.settings = family, settings
-        self.step = 0
+        self._step = 0
+        self._awaited = Awaited()
         self.epoch = 0  # changes whenever a plan made before is void
         self.entries: dict[str, dict[str, Any]] = {}
         self.shown: set[str] = set()  # the parameters whose slots somebody else may hold, and move
@@ -54,21 +57,33 @@ class Leaf:
 
     def resolve(self) -> None:
         """Resolve and check the scheduled hyperparameters for the coming step; all stays pending."""
-        self.settings.resolve(self.step)
+        self.settings.resolve(self._step_if_asked)
 
     def scalars(self) -> dict[str, float]:
         """The value of each scalar hyperparameter for the step that is being taken."""
-        return self.settings.upcoming(self.step)
+        return self.settings.upcoming(self._step_if_asked)
 
     def check_rounded(self, dtype: str) -> None:
         """Check the scalars as the compute dtype holds them."""
-        self.settings.check_rounded(self.step, dtype)
+        self.settings.check_rounded(self._step_if_asked, dtype)
+
+    @property
+    def _step_if_asked(self) -> int:
+        """The coming step where schedules depend on it; without any, no device is asked."""
+        return self.step if self.settings.scheduled else 0
 
     # State
 
     @property
+    def step(self) -> int:
+        """How many steps have been taken."""
+        self._awaited.settle()
+        return self._step
+
+    @property
     def steps(self) -> dict[str, int]:
         """How many steps each parameter has taken."""
+        self._awaited.settle()
         counts = self._counts.tolist()
         return {name: counts[self._ledger[name]] for name in self.entries}
 
@@ -99,6 +114,7 @@ class Leaf:
 
     def count(self, row: int) -> int:
         """How many steps the parameter in this row has taken."""
+        self._awaited.settle()
         return int(self._counts[row])
 
     def fresh(self, params: Mapping[str, Any]) -> State:
@@ -106,12 +122,17 @@ class Leaf:
         library = recognise(params=params)
         entries: dict[str, dict[str, Any]] = {}
         for name, parameter in params.items():
+            if library.in_place is False:
+                form = library.describe(parameter, f"params[{name!r}]")
+                entries[name] = forms.make_slots(library, name, form, self.program(len(form.shape), clipped=False), {})
+                continue
             memory = check_parameter(library, name, parameter)
             entries[name] = make_slots(library, name, memory, self.program(len(memory.shape), clipped=False), {})
         return entries, {name: row for row, name in enumerate(entries)}, np.zeros(len(entries), np.int64)
 
     def adopt(self, state: State) -> None:
         """Replace the whole state."""
+        self._awaited.settle()
         self.entries, self._ledger, self._counts = state
         self.shown = set()
         self.epoch += 1
@@ -127,7 +148,22 @@ class Leaf:
         """Adopt the state after the step and publish the scalars."""
         self.entries, self._ledger, self._counts = staged
         self.settings.publish()
-        self.step += 1
+        self._step += 1
+
+    def adopt_slots(self, slots: Mapping[str, dict[str, Any]]) -> None:
+        """Replace the slots of some parameters."""
+        self.entries = {**self.entries, **slots}
+
+    def take(self, rows: Integers, outcome: Outcome | None) -> None:
+        """Count a step of these rows, at once or, given an outcome, when somebody asks."""
+        if outcome is not None:
+            self._awaited.add(outcome, lambda: self.take(rows, None))
+            return
+        counts = self._counts.copy()
+        counts[rows] += 1
+        self._counts = counts
+        self.settings.publish()
+        self._step += 1
 
     # Programs
 
@@ -154,6 +190,7 @@ class Leaf:
         return Program(family.__name__, {slot: kind for slot, kind in slots.items() if slot in outputs}, outputs)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._awaited.settle()
         return {**vars(self), "_programs": {}}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstep.arrays.library import ArrayLibrary
+from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import (
     Memory,
     axis_order,
@@ -45,7 +45,7 @@ class Match:
         return array.transpose(np.argsort(self.order)) if self.order else array
 
 
-def check_parameter(library: ArrayLibrary, name: str, parameter: Any) -> Memory:
+def check_parameter(library: MemoryLibrary, name: str, parameter: Any) -> Memory:
     """Where a parameter lies, checked that it can be written element by element."""
     memory = library.describe(parameter, f"params[{name!r}]")
     if not memory.writable:
@@ -59,7 +59,7 @@ def check_parameter(library: ArrayLibrary, name: str, parameter: Any) -> Memory:
 
 
 def match(
-    library: ArrayLibrary, name: str, parameter: Any, gradient: Any, program: Program, slots: Mapping[str, Any]
+    library: MemoryLibrary, name: str, parameter: Any, gradient: Any, program: Program, slots: Mapping[str, Any]
 ) -> Match:
     """Check the arrays of one name against each other; missing slots are allocated, not yet published."""
     memory = {"w": check_parameter(library, name, parameter)}
@@ -79,7 +79,7 @@ def walking_order(memory: Memory, program: Program) -> tuple[int, ...]:
 
 
 def make_slots(
-    library: ArrayLibrary, name: str, parameter: Memory, program: Program, slots: Mapping[str, Any]
+    library: MemoryLibrary, name: str, parameter: Memory, program: Program, slots: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The slots that the program keeps: those there are, checked, and zeros for the others."""
     order = walking_order(parameter, program)
@@ -103,7 +103,7 @@ def slot_shape(kind: Kind, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check_slot(library: ArrayLibrary, name: str, slot: str, array: Any, shape: tuple[int, ...], dtype: str) -> None:
+def _check_slot(library: MemoryLibrary, name: str, slot: str, array: Any, shape: tuple[int, ...], dtype: str) -> None:
     what = f"state[{name!r}][{slot!r}]"
     remedy = "opt.init(params) begins anew"
     try:

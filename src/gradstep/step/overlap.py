@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from gradstep.arrays.library import ArrayLibrary
+from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Integers, Memory, as_array, start_of
 from gradstep.errors import AliasedParametersError, GradstepError
 from gradstep.program.compiler import load_function
@@ -178,7 +178,7 @@ def _clear() -> Any:
     return prototype(load_function("clear", CLEAR))
 
 
-def refuse_overlap(library: ArrayLibrary, written: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+def refuse_overlap(library: MemoryLibrary, written: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
     """Raise if parameters that are written overlap each other, or one that is to stay as it is.
 
     What is kept may be anything: what the library cannot train is left out.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstep.arrays.library import ArrayLibrary
+from gradstep.arrays.library import MemoryLibrary, Watch
 from gradstep.arrays.memory import Integers, Memory
 from gradstep.program.threads import pool
 from gradstep.step.batch import batches
@@ -39,7 +39,7 @@ class Plan:
 
     def __init__(
         self,
-        library: ArrayLibrary,
+        library: MemoryLibrary,
         shares: Sequence[Share],
         params: Mapping[str, Any],
         grads: Mapping[str, Any],
@@ -74,6 +74,10 @@ class Plan:
     def published(self) -> bool:
         """Whether a step has been taken; before, the plan's new slots are nobody's, and must not outlive a failure."""
         return all(share.published for share in self.shares)
+
+    def watch(self, arrays: list[Any]) -> Watch:
+        """What tells whether such arrays have come again."""
+        return self.library.watch(arrays)
 
     def _survey(self) -> Extents:
         parameters, gradients = (

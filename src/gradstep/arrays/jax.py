@@ -1,0 +1,114 @@
+"""JAX arrays. This module is imported only where the caller has imported jax."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from gradstep.arrays.library import Form
+from gradstep.arrays.memory import ITEMSIZES
+from gradstep.errors import DtypeError
+from gradstep.program.newton_schulz import orthogonalized
+
+jax: Any = importlib.import_module("jax")
+jnp: Any = importlib.import_module("jax.numpy")
+
+
+class Jax:
+    """Arrays of JAX: a step runs under `jax.jit` and gives new arrays, placed and sharded like the old ones."""
+
+    name = "JAX"
+    in_place: Literal[False] = False
+    adapter = "optax"
+
+    def call(self, name: str, *args: Any) -> Any:
+        """See `Operations.call`."""
+        result = getattr(jnp, name)(*args)
+        return result + 0.0 if name == "sign" else result  # sign(-0.0) is +0
+
+    def mean(self, x: Any, axis: int | None) -> Any:
+        """See `Operations.mean`."""
+        length = x.size if axis is None else x.shape[axis]
+        return (_sum(x, axis) / max(length, 1)).astype(x.dtype)
+
+    def rms(self, x: Any) -> Any:
+        """See `Operations.rms`."""
+        return jnp.sqrt(_sum(x * x, None) / max(x.size, 1)).astype(x.dtype)
+
+    def norm(self, x: Any) -> Any:
+        """See `Operations.norm`."""
+        return jnp.sqrt(_sum(x * x, None)).astype(x.dtype)
+
+    def orthogonalize(self, x: Any, steps: int) -> Any:
+        """See `Operations.orthogonalize`. Products are formed in the dtype of `x`, on every device."""
+        with jax.default_matmul_precision("highest"):
+            return orthogonalized(x, steps, self.norm(x))
+
+    def describe(self, array: Any, what: str) -> Form:
+        """See `FunctionalLibrary.describe`."""
+        dtype = str(array.dtype)
+        if dtype not in ITEMSIZES:
+            raise DtypeError(f"{what} has dtype {dtype}; expected float32 or float64: .astype('float32') converts it")
+        return Form(tuple(array.shape), dtype, array.sharding)
+
+    def is_tracing(self, arrays: list[Any]) -> bool:
+        """See `FunctionalLibrary.is_tracing`."""
+        return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+    def devices(self, form: Form) -> object:
+        """See `FunctionalLibrary.devices`."""
+        return cast("Any", form.place).device_set
+
+    def zeros(self, form: Form) -> Any:
+        """See `FunctionalLibrary.zeros`."""
+        return jnp.zeros(form.shape, form.dtype, device=form.place)
+
+    def table(self, values: np.ndarray[Any, Any], dtype: str) -> Any:
+        """See `FunctionalLibrary.table`. A NumPy array: its device is decided by those that it meets."""
+        with np.errstate(all="ignore"):
+            return values.astype(dtype)
+
+    def number(self, value: float, dtype: str) -> Any:
+        """See `FunctionalLibrary.number`."""
+        return np.dtype(dtype).type(value)
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """See `FunctionalLibrary.cast`."""
+        return x.astype(dtype)
+
+    def largest(self, x: Any) -> Any:
+        """See `FunctionalLibrary.largest`."""
+        return jnp.max(x, initial=0)
+
+    def total(self, x: Any) -> Any:
+        """See `FunctionalLibrary.total`."""
+        return _sum(x, None)
+
+    def all_finite(self, x: Any) -> Any:
+        """See `FunctionalLibrary.all_finite`."""
+        return jnp.isfinite(x).all()
+
+    def stack(self, values: list[Any]) -> Any:
+        """See `FunctionalLibrary.stack`."""
+        return jnp.stack(values)
+
+    def keep_place(self, x: Any, form: Form) -> Any:
+        """See `FunctionalLibrary.keep_place`."""
+        return x if len(cast("Any", form.place).device_set) == 1 else jax.lax.with_sharding_constraint(x, form.place)
+
+    def compile(self, function: Callable[..., Any], donated: Sequence[int] = ()) -> Callable[..., Any]:
+        """See `FunctionalLibrary.compile`."""
+        return cast("Callable[..., Any]", jax.jit(function, donate_argnums=tuple(donated)))
+
+    def read(self, x: Any) -> Any:
+        """See `FunctionalLibrary.read`."""
+        return np.asarray(x)
+
+
+def _sum(x: Any, axis: int | None) -> Any:
+    dtype = "float64" if jax.config.jax_enable_x64 else x.dtype
+    return jnp.sum(x, axis=axis, dtype=dtype, keepdims=axis is not None)
+
+
+JAX = Jax()

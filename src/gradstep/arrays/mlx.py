@@ -1,0 +1,126 @@
+"""MLX arrays. This module is imported only where the caller has imported mlx."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from gradstep.arrays.library import Form
+from gradstep.arrays.memory import ITEMSIZES
+from gradstep.errors import DtypeError
+from gradstep.program.newton_schulz import orthogonalized
+
+mx: Any = importlib.import_module("mlx.core")
+
+
+class Mlx:
+    """Arrays of MLX: a step runs under `mx.compile`, as lazily as everything else there."""
+
+    name = "MLX"
+    in_place: Literal[False] = False
+    adapter = "mlx"
+
+    def __init__(self) -> None:
+        self._looks = 0
+        self._look = mx.compile(self._count_look)
+
+    def _count_look(self, *_: Any) -> Any:
+        self._looks += 1
+        return mx.array(0)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """See `Operations.call`."""
+        result = getattr(mx, name)(*args)
+        return mx.where(mx.isnan(args[0]), args[0], result) if name == "sign" else result  # mlx: sign(NaN) is 0
+
+    def mean(self, x: Any, axis: int | None) -> Any:
+        """See `Operations.mean`."""
+        length = x.size if axis is None else x.shape[axis]
+        return mx.sum(x, axis=axis, keepdims=axis is not None) / max(length, 1)
+
+    def rms(self, x: Any) -> Any:
+        """See `Operations.rms`."""
+        return mx.sqrt(mx.sum(x * x) / max(x.size, 1))
+
+    def norm(self, x: Any) -> Any:
+        """See `Operations.norm`."""
+        return mx.sqrt(mx.sum(x * x))
+
+    def orthogonalize(self, x: Any, steps: int) -> Any:
+        """See `Operations.orthogonalize`."""
+        return orthogonalized(x, steps, self.norm(x))
+
+    def describe(self, array: Any, what: str) -> Form:
+        """See `FunctionalLibrary.describe`."""
+        dtype = str(array.dtype).removeprefix("mlx.core.")
+        if dtype not in ITEMSIZES:
+            raise DtypeError(f"{what} has dtype {dtype}; expected float32 or float64: .astype(mx.float32) converts it")
+        return Form(tuple(array.shape), dtype, None)
+
+    def is_tracing(self, arrays: list[Any]) -> bool:
+        """See `FunctionalLibrary.is_tracing`.
+
+        A compiled function runs its Python code when it sees new forms, or arrays that stand for others: when it does
+        so twice in a row, they do.
+        """
+        self._look(*arrays)
+        before = self._looks
+        self._look(*arrays)
+        return self._looks != before
+
+    def devices(self, form: Form) -> object:
+        """See `FunctionalLibrary.devices`. Memory is shared between devices."""
+        return None
+
+    def zeros(self, form: Form) -> Any:
+        """See `FunctionalLibrary.zeros`."""
+        return mx.zeros(form.shape, _dtype(form.dtype))
+
+    def table(self, values: np.ndarray[Any, Any], dtype: str) -> Any:
+        """See `FunctionalLibrary.table`."""
+        with np.errstate(all="ignore"):
+            return mx.array(values.astype(dtype), _dtype(dtype))
+
+    def number(self, value: float, dtype: str) -> Any:
+        """See `FunctionalLibrary.number`."""
+        return mx.array(value, _dtype(dtype))
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """See `FunctionalLibrary.cast`."""
+        return x.astype(_dtype(dtype))
+
+    def largest(self, x: Any) -> Any:
+        """See `FunctionalLibrary.largest`."""
+        return mx.max(x) if x.size else mx.zeros((), x.dtype)
+
+    def total(self, x: Any) -> Any:
+        """See `FunctionalLibrary.total`."""
+        return mx.sum(x)
+
+    def all_finite(self, x: Any) -> Any:
+        """See `FunctionalLibrary.all_finite`."""
+        return mx.all(mx.isfinite(x))
+
+    def stack(self, values: list[Any]) -> Any:
+        """See `FunctionalLibrary.stack`."""
+        return mx.stack(values)
+
+    def keep_place(self, x: Any, form: Form) -> Any:
+        """See `FunctionalLibrary.keep_place`."""
+        return x
+
+    def compile(self, function: Callable[..., Any], donated: Sequence[int] = ()) -> Callable[..., Any]:
+        """See `FunctionalLibrary.compile`. MLX reuses the memory of arrays that nobody holds by itself."""
+        return cast("Callable[..., Any]", mx.compile(function))
+
+    def read(self, x: Any) -> Any:
+        """See `FunctionalLibrary.read`."""
+        return np.array(x)
+
+
+def _dtype(name: str) -> Any:
+    return getattr(mx, name)
+
+
+MLX = Mlx()

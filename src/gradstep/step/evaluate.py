@@ -1,0 +1,80 @@
+"""A program run on the operations of an array library, one after the other."""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gradstep.arrays.library import FunctionalLibrary
+from gradstep.program.graph import REDUCTIONS, Kind, Symbol
+from gradstep.program.program import Program
+
+
+def _divide(x: Any, y: Any) -> Any:
+    return x / y
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": _divide,
+    "negative": operator.neg, "less": operator.lt, "less_equal": operator.le, "greater": operator.gt,
+    "greater_equal": operator.ge, "equal": operator.eq, "not_equal": operator.ne,
+}  # fmt: skip
+
+
+class Evaluation:
+    """The values of a program's symbols for one parameter, each computed once.
+
+    Args:
+        library: whose arrays they are.
+        program: what to compute.
+        dtype: the compute dtype.
+        arrays: `w`, `g` and the slots, as they are stored.
+        scalars: the value of each scalar expression, by symbol index.
+    """
+
+    def __init__(
+        self,
+        library: FunctionalLibrary,
+        program: Program,
+        dtype: str,
+        arrays: Mapping[str, Any],
+        scalars: Mapping[int, Any],
+    ) -> None:
+        self._library, self._program, self._dtype = library, program, dtype
+        self._arrays, self._values = arrays, dict(scalars)
+
+    def outputs(self) -> dict[str, Any]:
+        """The new value of `w` and of each slot, in the shapes in which they are stored."""
+        return {
+            place: self[symbol].reshape(self._arrays[place].shape) for place, symbol in self._program.outputs.items()
+        }
+
+    def __getitem__(self, symbol: Symbol) -> Any:
+        if symbol.index not in self._values:
+            self._values[symbol.index] = self._compute(symbol)
+        return self._values[symbol.index]
+
+    def _compute(self, symbol: Symbol) -> Any:
+        if symbol.op == "array":
+            return _spread(self._library.cast(self._arrays[symbol.attribute], self._dtype), symbol.kind)
+        if symbol.op == "constant":
+            return symbol.attribute if symbol.boolean else self._library.number(symbol.attribute, self._dtype)
+        args = [self[arg] for arg in symbol.args]
+        if symbol.op in OPERATORS:
+            return OPERATORS[symbol.op](*args)
+        if symbol.op == "mean":
+            return self._library.mean(args[0], symbol.attribute)
+        if symbol.op in REDUCTIONS:
+            return getattr(self._library, symbol.op)(args[0])
+        if symbol.op == "orthogonalize":
+            matrix = args[0].reshape(args[0].shape[0], -1) if 0 not in args[0].shape else args[0]
+            return self._library.orthogonalize(matrix, symbol.attribute).reshape(args[0].shape)
+        if symbol.op == "where" and symbol.args[0].kind is Kind.HOST:
+            args[0] = args[0] != 0  # a condition on scalars arrives as 0 or 1
+        return self._library.call(symbol.op, *args)
+
+
+def _spread(array: Any, kind: Kind) -> Any:
+    """Slots of rows and columns with the axis along which they extend."""
+    if kind is Kind.ROW:
+        return array[..., None]
+    return array[..., None, :] if kind is Kind.COLUMN else array

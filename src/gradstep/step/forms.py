@@ -1,0 +1,55 @@
+"""Gradients and slots of arrays that never change, checked against their parameter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gradstep.arrays.library import Form, FunctionalLibrary
+from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, ShapeError
+from gradstep.program.graph import Kind
+from gradstep.program.program import Program
+from gradstep.step.match import slot_shape
+
+
+def make_slots(
+    library: FunctionalLibrary, name: str, form: Form, program: Program, slots: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The slots that the program keeps: those there are, checked, and zeros for the others."""
+    found: dict[str, Any] = {}
+    for slot, kind in program.slots.items():
+        shape = slot_shape(kind, form.shape)
+        if slot not in slots:
+            place = form.place if kind is Kind.FULL else None
+            found[slot] = library.zeros(Form(shape, form.dtype, place))
+            continue
+        found[slot] = slots[slot]
+        _check_slot(library, name, slot, slots[slot], Form(shape, form.dtype, None))
+    return found
+
+
+def _check_slot(library: FunctionalLibrary, name: str, slot: str, array: Any, wanted: Form) -> None:
+    what, remedy = f"state[{name!r}][{slot!r}]", "opt.init(params) begins anew"
+    try:
+        form = library.describe(array, what)
+    except (AttributeError, TypeError) as error:
+        if isinstance(error, DtypeError):
+            raise
+        raise ArgumentTypeError(
+            f"{what} is a {type(array).__module__}.{type(array).__name__}, but the parameter now belongs to "
+            f"{library.name}; {remedy}"
+        ) from None
+    if form.shape != wanted.shape:
+        raise ShapeError(f"{what} has shape {form.shape}, but params[{name!r}] now needs {wanted.shape}; {remedy}")
+    if form.dtype != wanted.dtype:
+        raise DtypeError(f"{what} has dtype {form.dtype}, but params[{name!r}] now has {wanted.dtype}; {remedy}")
+
+
+def check_gradient(library: FunctionalLibrary, name: str, gradient: Any, wanted: Form) -> None:
+    """Raise if a gradient does not go with its parameter."""
+    form = library.describe(gradient, f"grads[{name!r}]")
+    if form.shape != wanted.shape:
+        raise ShapeError(f"grads[{name!r}] has shape {form.shape}, but params[{name!r}] has {wanted.shape}")
+    if library.devices(form) != library.devices(wanted):
+        raise DeviceError(
+            f"grads[{name!r}] is on {library.devices(form)}, but params[{name!r}] is on {library.devices(wanted)}; "
+            "bring them together first"
+        )

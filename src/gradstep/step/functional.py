@@ -1,0 +1,274 @@
+"""A step for arrays that never change: one compiled function makes the new parameters and slots."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gradstep.arrays.library import OTHER, STAYED, Form, Found, FunctionalLibrary
+from gradstep.arrays.memory import Integers
+from gradstep.errors import AliasedParametersError, TracingError
+from gradstep.program.graph import Kind
+from gradstep.program.program import Program
+from gradstep.step.evaluate import Evaluation
+from gradstep.step.forms import check_gradient, make_slots
+from gradstep.step.leaf import Leaf
+from gradstep.step.outcome import Outcome
+from gradstep.step.scalars import ScalarTable
+
+
+class Task(NamedTuple):
+    """What is done to one parameter: part of what a step is compiled for."""
+
+    program: Program
+    form: Form
+    batch: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a step is compiled for, besides the forms of its arguments."""
+
+    tasks: tuple[Task, ...]
+    clipped: bool
+    skipping: bool
+
+    @functools.cached_property
+    def key(self) -> Any:
+        """Equal for recipes that do the same."""
+        tasks = tuple((task.program.key, task.form, task.batch, task.row) for task in self.tasks)
+        return tasks, self.clipped, self.skipping
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+class Batch(NamedTuple):
+    """Parameters of one optimizer that share a program and dtype, and so a table of scalars."""
+
+    leaf: Leaf
+    dtype: str
+    table: ScalarTable
+
+
+class Share:
+    """The gradients that one optimizer takes in this step, and the slots that they need."""
+
+    def __init__(
+        self, leaf: Leaf, names: list[str], library: FunctionalLibrary, params: Mapping[str, Any], *, clipped: bool
+    ) -> None:
+        self.leaf, self.names, self.rows = leaf, names, leaf.reserve(names)
+        self.forms = {name: library.describe(params[name], f"params[{name!r}]") for name in names}
+        self.programs = {name: leaf.program(len(self.forms[name].shape), clipped=clipped) for name in names}
+        self._made = {
+            name: make_slots(library, name, self.forms[name], self.programs[name], leaf.slots_of(name))
+            for name in names
+        }
+
+    @property
+    def published(self) -> bool:
+        """Whether the slots are the optimizer's already."""
+        return not self._made
+
+    def slots(self) -> list[Mapping[str, Any]]:
+        """The slots of each parameter as they are now."""
+        return [self._made[name] if self._made else self.leaf.slots_of(name) for name in self.names]
+
+    def advance(self, slots: Sequence[Mapping[str, Any]], outcome: Outcome | None) -> None:
+        """Let the optimizer adopt what a step has made, at once or when the device says that it was taken."""
+        self._made = {}
+        self.leaf.adopt_slots({name: dict(new) for name, new in zip(self.names, slots, strict=True)})
+        self.leaf.take(self.rows, outcome)
+
+
+class FormWatch:
+    """See `Watch`: such arrays have no addresses."""
+
+    def __init__(self, library: FunctionalLibrary, arrays: list[Any]) -> None:
+        self.addresses: Integers = np.zeros(0, np.int64)
+        self._library, self._forms = library, _forms(arrays)
+
+    def locate(self, arrays: list[Any]) -> Found:
+        """See `Watch.locate`."""
+        return STAYED if _forms(arrays) == self._forms and not self._library.is_tracing(arrays) else OTHER
+
+
+def _forms(arrays: list[Any]) -> list[Any]:
+    return [(type(array), array.shape, array.dtype, getattr(array, "sharding", None)) for array in arrays]
+
+
+class Look(NamedTuple):
+    """What has been found out about the gradients, on their device."""
+
+    norm: Any
+    finite: Any
+    scale: Any
+    each_finite: Any
+
+
+class FunctionalPlan:
+    """A step planned: what is compiled, and the tables of scalars. Holds no parameters or gradients."""
+
+    def __init__(
+        self,
+        library: FunctionalLibrary,
+        routes: Sequence[tuple[Leaf, list[str]]],
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        *,
+        clipped: bool,
+        skipping: bool,
+        donating: bool,
+    ) -> None:
+        self.library = library
+        _refuse_tracing(library, [*params.values(), *grads.values()])
+        self.shares = [Share(leaf, names, library, params, clipped=clipped) for leaf, names in routes]
+        self.names = [name for share in self.shares for name in share.names]
+        for share in self.shares:
+            for name in share.names:
+                check_gradient(library, name, grads[name], share.forms[name])
+        self._batches: list[Batch] = []
+        recipe = Recipe(tuple(self._tasks()), clipped, skipping)
+        self._step = _compiled_step(library, recipe, donating)
+        self.shown_slots: list[Any] = []
+        self.shown_addresses: Integers = np.zeros(0, np.int64)
+
+    @property
+    def published(self) -> bool:
+        """See `Plan.published`."""
+        return all(share.published for share in self.shares)
+
+    def watch(self, arrays: list[Any]) -> FormWatch:
+        """See `Plan.watch`."""
+        return FormWatch(self.library, arrays)
+
+    def look(self, gradients: list[Any], max_norm: float | None) -> Look:
+        """The global norm of the gradients, which of them are finite, and the factor that clips them."""
+        return look_at(self.library, gradients, max_norm)
+
+    def read(self, look: Look) -> tuple[float, tuple[str, ...]]:
+        """The norm, and the names of gradients that are not finite; waits for the device."""
+        each = np.atleast_1d(self.library.read(look.each_finite)).tolist()
+        culprits = tuple(name for name, finite in zip(self.names, each, strict=False) if not finite)
+        return float(self.library.read(look.norm)), culprits
+
+    def fill(self) -> None:
+        """Compute the scalars of the coming step."""
+        for batch in self._batches:
+            batch.leaf.check_rounded(batch.dtype)
+            batch.table.fill()
+
+    def run(self, parameters: list[Any], gradients: list[Any], look: Look | None) -> tuple[list[Any], list[Any]]:
+        """The new parameters, and the new slots of each, in the plan's order."""
+        slots = [dict(slots) for share in self.shares for slots in share.slots()]
+        library = self.library
+        tables = [library.table(batch.table.values[batch.table.rows], batch.dtype) for batch in self._batches]
+        one = library.number(1.0, "float32")
+        scale, take = (look.scale, look.finite) if look else (one, one)
+        return self._step(parameters, slots, gradients, tables, scale, take)
+
+    def advance(self, slots: Sequence[Mapping[str, Any]], outcome: Outcome | None) -> None:
+        """Let every optimizer adopt its new slots, and count the step."""
+        for batch in self._batches:
+            batch.table.advance()
+        start = 0
+        for share in self.shares:
+            share.advance(slots[start : start + len(share.names)], outcome)
+            start += len(share.names)
+
+    def _tasks(self) -> list[Task]:
+        """The task of each parameter; makes the batches on the way."""
+        tasks: list[Task] = []
+        for share in self.shares:
+            sorts: dict[tuple[int, str], list[str]] = {}
+            for name in share.names:
+                sorts.setdefault((id(share.programs[name]), share.forms[name].dtype), []).append(name)
+            places: dict[str, tuple[int, int]] = {}
+            for (_, dtype), names in sorts.items():
+                places |= {name: (len(self._batches), row) for row, name in enumerate(names)}
+                program, shapes = share.programs[names[0]], [share.forms[name].shape for name in names]
+                table = ScalarTable(share.leaf, program, dtype, names, shapes)
+                self._batches.append(Batch(share.leaf, dtype, table))
+            tasks += [Task(share.programs[name], share.forms[name], *places[name]) for name in share.names]
+        return tasks
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -> Callable[..., Any]:
+    def step(
+        parameters: list[Any], slots: list[Any], gradients: list[Any], tables: list[Any], scale: Any, take: Any
+    ) -> tuple[list[Any], list[Any]]:
+        new_parameters: list[Any] = []
+        new_slots: list[dict[str, Any]] = []
+        for task, w, old, g in zip(recipe.tasks, parameters, slots, gradients, strict=True):
+            program, dtype = task.program, task.form.dtype
+            scalars = {i: tables[task.batch][task.row, place] for i, place in program.scalar_places.items()}
+            if recipe.clipped:
+                factors = (symbol for symbol in program.symbols if symbol.attribute == "clip_scale")
+                scalars |= {symbol.index: library.cast(scale, dtype) for symbol in factors}
+            arrays = {"w": w, "g": g, **old}
+            new = Evaluation(library, program, dtype, arrays, scalars).outputs()
+            if recipe.skipping:
+                new = {place: library.call("where", take, value, arrays[place]) for place, value in new.items()}
+            full = (place for place, kind in {"w": Kind.FULL, **program.slots}.items() if kind is Kind.FULL)
+            new |= {place: library.keep_place(new[place], task.form) for place in full}
+            new_parameters.append(new.pop("w"))
+            new_slots.append(new)
+        return new_parameters, new_slots
+
+    return library.compile(step, donated=(0, 1) if donating else ())
+
+
+def look_at(library: FunctionalLibrary, gradients: list[Any], max_norm: float | None) -> Look:
+    """See `FunctionalPlan.look`."""
+    limit = library.number(math.inf if max_norm is None else max_norm, "float32")
+    return Look(*_compiled_look(library)(gradients, limit))
+
+
+@functools.cache
+def _compiled_look(library: FunctionalLibrary) -> Callable[..., Any]:
+    def look(gradients: list[Any], limit: Any) -> tuple[Any, Any, Any, Any]:
+        dtype = "float64" if any("float64" in str(g.dtype) for g in gradients) else "float32"
+        wide = [library.cast(g, dtype) for g in gradients]
+        zero, one = library.number(0.0, dtype), library.number(1.0, dtype)
+        largest = functools.reduce(
+            functools.partial(library.call, "maximum"), (library.largest(library.call("abs", g)) for g in wide), zero
+        )
+        # Divided by the largest element, no square can over- or underflow.
+        unit = library.call("where", largest < math.inf, largest, one)
+        unit = library.call("where", unit > 0, unit, one)
+        norm = unit * library.call("sqrt", sum((library.total((g / unit) * (g / unit)) for g in wide), zero))
+        finite = (norm - norm) == 0
+        scale = library.call("minimum", library.cast(limit, dtype) / (norm + 1e-6), one)
+        scale = library.call("where", finite, scale, norm - norm)
+        each = library.stack([library.all_finite(g) for g in wide]) if wide else finite
+        return norm, finite, scale, each
+
+    return library.compile(look)
+
+
+def _refuse_tracing(library: FunctionalLibrary, arrays: list[Any]) -> None:
+    if library.is_tracing(arrays):
+        raise TracingError(
+            f"these arrays stand for values inside a transformation of {library.name}, where the step counter would be "
+            f"frozen; step outside of it, or use gradstep.{library.adapter} inside"
+        )
+
+
+def refuse_shared(named: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    """Raise `AliasedParametersError` for one array under two names, of which one is written."""
+    first: dict[int, str] = {}
+    for name, array in named.items():
+        other = first.setdefault(id(array), name)
+        if other != name and (name in written or other in written):
+            raise AliasedParametersError(
+                f"params[{other!r}] and params[{name!r}] are one array, which a step would part; pass shared arrays "
+                "once, under one name, with the sum of the gradients"
+            )

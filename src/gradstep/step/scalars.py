@@ -1,0 +1,75 @@
+"""The values of a program's scalar expressions for all tensors of a batch, in as few rows as there are differences."""
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradstep.arrays.memory import Integers
+from gradstep.program.program import Program
+from gradstep.step.launch import Doubles
+from gradstep.step.leaf import Leaf
+
+
+class ScalarTable:
+    """One row for each combination of step count and shape on which the scalars depend.
+
+    Attributes:
+        values: the rows, in float64.
+        rows: the row of each tensor.
+        used: how many rows are in use.
+    """
+
+    def __init__(
+        self, leaf: Leaf, program: Program, dtype: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        self._leaf, self._scalars, self._dtype = leaf, program.scalars, dtype
+        axes = sorted(set(self._scalars.dimensions))
+        # An empty parameter has no use for its scalars, but they are computed: no length is 0.
+        self._shapes = [{axis: shape[axis] or 1 for axis in axes} for shape in shapes]
+        self._needs_count = "t" in self._scalars.hyperparameters
+        self._ledger_rows = leaf.reserve(names).tolist()
+        height = len(names) if self._needs_count or axes else 1
+        self.values: Doubles = np.zeros((height, max(len(self._scalars), 1)))
+        self.rows: Integers = np.zeros(len(names), np.int64)
+        self._row = struct.Struct(f"{len(self._scalars)}d")
+        self._owners: list[int] = []
+        self._expected_step = -1
+        self._known: bytes | None = None
+
+    @property
+    def used(self) -> int:
+        """How many rows are in use."""
+        return len(self._owners)
+
+    def fill(self, clip_scale: float = 1.0) -> None:
+        """Compute the scalars of the coming step."""
+        if not self._scalars:
+            return
+        if not self._owners or (self._needs_count and self._leaf.step != self._expected_step):
+            self._share_rows()  # not the step after this table's last: counts may have parted
+        known = {**self._leaf.scalars(), "clip_scale": clip_scale}
+        bits = None if self._needs_count else struct.pack(f"{len(known)}d", *known.values())  # tells 0.0 from -0.0
+        if bits is not None and bits == self._known:
+            return
+        self._known = None  # until the table has been filled
+        for row, tensor in enumerate(self._owners):
+            count = {"t": self._leaf.count(self._ledger_rows[tensor]) + 1} if self._needs_count else {}
+            values = self._scalars.evaluate(known | count, self._shapes[tensor], self._dtype)
+            self._row.pack_into(self.values.data, row * self._row.size, *values)
+        self._known = bits
+
+    def advance(self) -> None:
+        """The step for which the table was filled is being taken."""
+        if self._needs_count:
+            self._expected_step = self._leaf.step + 1
+
+    def _share_rows(self) -> None:
+        self._known, self._owners = None, []
+        rows: dict[tuple[int, ...], int] = {}
+        for tensor, shape in enumerate(self._shapes):
+            count = self._leaf.count(self._ledger_rows[tensor]) if self._needs_count else 0
+            row = rows.setdefault((count, *shape.values()), len(rows))
+            if row == len(self._owners):
+                self._owners.append(tensor)
+            self.rows[tensor] = row
