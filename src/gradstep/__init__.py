@@ -1,4 +1,4 @@
-"""The optimizer step, done right: fused, all-or-nothing, with state by name, on NumPy arrays and PyTorch tensors."""
+"""The optimizer step, done right: fused, all-or-nothing, with state by name, on arrays of NumPy, PyTorch, JAX and MLX."""
 
 from gradstep.clip import clip_grad_norm
 from gradstep.errors import (
@@ -19,6 +19,7 @@ from gradstep.errors import (
     UnknownParameterError,
 )
 from gradstep.explain import explain
+from gradstep.gradients import value_and_grad
 from gradstep.learning_rate import LearningRate
 from gradstep.multi import MultiOptimizer
 from gradstep.ops import abs, exp, log, maximum, mean, minimum, norm, orthogonalize, rms, sign, sqrt, where
@@ -89,5 +90,6 @@ __all__ = [
     "sign",
     "sqrt",
     "step_decay",
+    "value_and_grad",
     "where",
 ]

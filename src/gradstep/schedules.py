@@ -1,9 +1,15 @@
-"""Schedules: functions from the number of steps already taken to a scalar."""
+"""Schedules: functions from the number of steps already taken to a scalar.
 
+A step that is an array of JAX or MLX, as these libraries count inside of compiled functions, gives an array.
+"""
+
+import importlib
 import math
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import SupportsFloat
+from typing import Any, SupportsFloat, overload
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError, NonFiniteScalarError, OutOfRangeError
 from gradstep.learning_rate import to_float
@@ -11,8 +17,28 @@ from gradstep.learning_rate import to_float
 __all__ = ["cosine_decay", "exponential_decay", "join_schedules", "linear_schedule", "step_decay"]
 
 
+class _Schedule(ABC):
+    """What all schedules share: they can be called with numbers and with arrays."""
+
+    @overload
+    def __call__(self, step: int) -> float: ...
+    @overload
+    def __call__(self, step: Any) -> Any: ...
+    def __call__(self, step: Any) -> Any:
+        functions = None if type(step) is int else _functions_of(step)
+        if functions is None:
+            return self._at(step)
+        from gradstep.program.device_schedules import schedule_on_device
+
+        return schedule_on_device(functions, self, step)
+
+    @abstractmethod
+    def _at(self, step: int) -> float:
+        """The value at a step that is a number."""
+
+
 @dataclass(frozen=True)
-class exponential_decay:
+class exponential_decay(_Schedule):
     """`init * decay_rate**step`.
 
     Args:
@@ -34,12 +60,12 @@ class exponential_decay:
     def __post_init__(self) -> None:
         _check_finite(self, "init", "decay_rate")
 
-    def __call__(self, step: int) -> float:
+    def _at(self, step: int) -> float:
         return self.init * _power(self.decay_rate, step)
 
 
 @dataclass(frozen=True)
-class step_decay:
+class step_decay(_Schedule):
     """`init * decay_rate**(step // step_size)`.
 
     Args:
@@ -65,12 +91,12 @@ class step_decay:
         _check_finite(self, "init", "decay_rate")
         _check_count(self, "step_size")
 
-    def __call__(self, step: int) -> float:
+    def _at(self, step: int) -> float:
         return self.init * _power(self.decay_rate, step // self.step_size)
 
 
 @dataclass(frozen=True)
-class cosine_decay:
+class cosine_decay(_Schedule):
     """From `init` down to `end` along half a cosine in `decay_steps` steps, then exactly `end`.
 
     `end + (init - end) * (1 + cos(pi * step / decay_steps)) / 2`
@@ -100,7 +126,7 @@ class cosine_decay:
         _check_finite(self, "init", "end")
         _check_count(self, "decay_steps")
 
-    def __call__(self, step: int) -> float:
+    def _at(self, step: int) -> float:
         if step >= self.decay_steps:
             return self.end
         if step == 0:
@@ -109,7 +135,7 @@ class cosine_decay:
 
 
 @dataclass(frozen=True)
-class linear_schedule:
+class linear_schedule(_Schedule):
     """From `init` to `end` in equal parts over `steps` steps, then exactly `end`.
 
     `init + (end - init) * step / steps`
@@ -137,17 +163,17 @@ class linear_schedule:
         _check_finite(self, "init", "end")
         _check_count(self, "steps")
 
-    def __call__(self, step: int) -> float:
+    def _at(self, step: int) -> float:
         if step >= self.steps:
             return self.end
         return self.init + (self.end - self.init) * (step / self.steps)
 
 
 @dataclass(frozen=True)
-class join_schedules:
+class join_schedules(_Schedule):
     """One schedule after another: schedule `i + 1` takes over at `boundaries[i]` and counts from there.
 
-    Only the active schedule is called.
+    Only the active schedule is called, unless the step is an array.
 
     Args:
         schedules: at least one function `step -> float`.
@@ -181,12 +207,20 @@ class join_schedules:
         if any(later <= earlier for earlier, later in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ConfigurationError(f"boundaries must increase, got {list(self.boundaries)}")
 
-    def __call__(self, step: int) -> float:
+    def _at(self, step: int) -> float:
         start, active = 0, self.schedules[0]
         for boundary, schedule in zip(self.boundaries, self.schedules[1:], strict=True):
             if step >= boundary:
                 start, active = boundary, schedule
         return to_float(active(step - start), f"the result of {active!r}")
+
+
+def _functions_of(step: object) -> Any:
+    """The module with the functions for a step that is an array of JAX or MLX; None for numbers."""
+    for library, array, functions in (("mlx.core", "array", "mlx.core"), ("jax", "Array", "jax.numpy")):
+        if library in sys.modules and isinstance(step, getattr(sys.modules[library], array)):
+            return importlib.import_module(functions)
+    return None
 
 
 def _check_finite(schedule: object, *names: str) -> None:

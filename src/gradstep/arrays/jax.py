@@ -45,12 +45,17 @@ class Jax:
         with jax.default_matmul_precision("highest"):
             return orthogonalized(x, steps, self.norm(x))
 
+    def value_and_grad(self, function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+        """See `Operations.value_and_grad`."""
+        return cast("Callable[..., tuple[Any, Any]]", jax.value_and_grad(function))
+
     def describe(self, array: Any, what: str) -> Form:
         """See `FunctionalLibrary.describe`."""
         dtype = str(array.dtype)
         if dtype not in ITEMSIZES:
             raise DtypeError(f"{what} has dtype {dtype}; expected float32 or float64: .astype('float32') converts it")
-        return Form(tuple(array.shape), dtype, array.sharding)
+        # An array that has not been put anywhere goes where it is needed.
+        return Form(tuple(array.shape), dtype, array.sharding if array.committed else None)
 
     def is_tracing(self, arrays: list[Any]) -> bool:
         """See `FunctionalLibrary.is_tracing`."""
@@ -58,7 +63,7 @@ class Jax:
 
     def devices(self, form: Form) -> object:
         """See `FunctionalLibrary.devices`."""
-        return cast("Any", form.place).device_set
+        return form.place and cast("Any", form.place).device_set
 
     def zeros(self, form: Form) -> Any:
         """See `FunctionalLibrary.zeros`."""
@@ -95,7 +100,8 @@ class Jax:
 
     def keep_place(self, x: Any, form: Form) -> Any:
         """See `FunctionalLibrary.keep_place`."""
-        return x if len(cast("Any", form.place).device_set) == 1 else jax.lax.with_sharding_constraint(x, form.place)
+        devices: Any = self.devices(form)
+        return jax.lax.with_sharding_constraint(x, form.place) if devices and len(devices) > 1 else x
 
     def compile(self, function: Callable[..., Any], donated: Sequence[int] = ()) -> Callable[..., Any]:
         """See `FunctionalLibrary.compile`."""

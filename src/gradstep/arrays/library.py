@@ -59,6 +59,10 @@ class Operations(Protocol):
         """A matrix orthogonalized by Newton-Schulz iterations."""
         ...
 
+    def value_and_grad(self, function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+        """See `gradstep.value_and_grad`."""
+        ...
+
 
 class MemoryLibrary(Operations, Protocol):
     """A library whose arrays are written where they lie."""
@@ -114,7 +118,7 @@ class FunctionalLibrary(Operations, Protocol):
         ...
 
     def devices(self, form: Form) -> object:
-        """Where the array lies, comparable and readable."""
+        """Where the array lies, comparable and readable; None for wherever it is needed."""
         ...
 
     def zeros(self, form: Form) -> Any:

@@ -36,20 +36,25 @@ class Mlx:
 
     def mean(self, x: Any, axis: int | None) -> Any:
         """See `Operations.mean`."""
-        length = x.size if axis is None else x.shape[axis]
-        return mx.sum(x, axis=axis, keepdims=axis is not None) / max(length, 1)
+        if not x.size:
+            return mx.zeros((), x.dtype) if axis is None else mx.zeros(_reduced(x.shape, axis), x.dtype)
+        return mx.sum(x, axis=axis, keepdims=axis is not None) / (x.size if axis is None else x.shape[axis])
 
     def rms(self, x: Any) -> Any:
         """See `Operations.rms`."""
-        return mx.sqrt(mx.sum(x * x) / max(x.size, 1))
+        return mx.sqrt(self.total(x * x) / max(x.size, 1))
 
     def norm(self, x: Any) -> Any:
         """See `Operations.norm`."""
-        return mx.sqrt(mx.sum(x * x))
+        return mx.sqrt(self.total(x * x))
 
     def orthogonalize(self, x: Any, steps: int) -> Any:
         """See `Operations.orthogonalize`."""
         return orthogonalized(x, steps, self.norm(x))
+
+    def value_and_grad(self, function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+        """See `Operations.value_and_grad`."""
+        return cast("Callable[..., tuple[Any, Any]]", mx.value_and_grad(function))
 
     def describe(self, array: Any, what: str) -> Form:
         """See `FunctionalLibrary.describe`."""
@@ -96,11 +101,11 @@ class Mlx:
 
     def total(self, x: Any) -> Any:
         """See `FunctionalLibrary.total`."""
-        return mx.sum(x)
+        return mx.sum(x) if x.size else mx.zeros((), x.dtype)  # MLX may not come back from reducing nothing
 
     def all_finite(self, x: Any) -> Any:
         """See `FunctionalLibrary.all_finite`."""
-        return mx.all(mx.isfinite(x))
+        return mx.all(mx.isfinite(x)) if x.size else mx.array(True)
 
     def stack(self, values: list[Any]) -> Any:
         """See `FunctionalLibrary.stack`."""
@@ -117,6 +122,10 @@ class Mlx:
     def read(self, x: Any) -> Any:
         """See `FunctionalLibrary.read`."""
         return np.array(x)
+
+
+def _reduced(shape: tuple[int, ...], axis: int) -> list[int]:
+    return [1 if place == axis % len(shape) else length for place, length in enumerate(shape)]
 
 
 def _dtype(name: str) -> Any:

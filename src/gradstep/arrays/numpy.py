@@ -2,8 +2,8 @@
 
 import ctypes
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -49,6 +49,13 @@ class NumPy:
     def orthogonalize(self, x: Any, steps: int) -> Any:
         """See `Operations.orthogonalize`."""
         return newton_schulz(x.copy(), steps)
+
+    def value_and_grad(self, function: Callable[..., Any]) -> NoReturn:
+        """See `Operations.value_and_grad`."""
+        raise ArgumentTypeError(
+            "NumPy computes no gradients; write them by hand, or pass arrays of PyTorch, JAX or MLX: "
+            "{name: torch.from_numpy(array) for name, array in params.items()}"
+        )
 
     def describe(self, array: Array, what: str) -> Memory:
         """See `MemoryLibrary.describe`."""

@@ -60,6 +60,17 @@ class Torch:
         """See `Operations.orthogonalize`."""
         return newton_schulz(x.clone(), steps)
 
+    def value_and_grad(self, function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+        """See `Operations.value_and_grad`."""
+        transformed: Any = torch.func.grad_and_value(function)
+
+        def with_gradients(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            with torch.no_grad():  # of the gradients themselves; what `function` computes is differentiated
+                grads, value = transformed(*args, **kwargs)
+            return value, grads
+
+        return with_gradients
+
     def describe(self, array: Any, what: str) -> Memory:
         """See `MemoryLibrary.describe`."""
         if array.layout is not torch.strided:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gradstep.arrays.library import Form, FunctionalLibrary
+from gradstep.arrays.library import Form, FunctionalLibrary, owner
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, ShapeError
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
@@ -28,15 +28,12 @@ def make_slots(
 
 def _check_slot(library: FunctionalLibrary, name: str, slot: str, array: Any, wanted: Form) -> None:
     what, remedy = f"state[{name!r}][{slot!r}]", "opt.init(params) begins anew"
-    try:
-        form = library.describe(array, what)
-    except (AttributeError, TypeError) as error:
-        if isinstance(error, DtypeError):
-            raise
+    if owner(array) is not library:
         raise ArgumentTypeError(
             f"{what} is a {type(array).__module__}.{type(array).__name__}, but the parameter now belongs to "
             f"{library.name}; {remedy}"
-        ) from None
+        )
+    form = library.describe(array, what)
     if form.shape != wanted.shape:
         raise ShapeError(f"{what} has shape {form.shape}, but params[{name!r}] now needs {wanted.shape}; {remedy}")
     if form.dtype != wanted.dtype:
@@ -48,8 +45,8 @@ def check_gradient(library: FunctionalLibrary, name: str, gradient: Any, wanted:
     form = library.describe(gradient, f"grads[{name!r}]")
     if form.shape != wanted.shape:
         raise ShapeError(f"grads[{name!r}] has shape {form.shape}, but params[{name!r}] has {wanted.shape}")
-    if library.devices(form) != library.devices(wanted):
+    here, there = library.devices(form), library.devices(wanted)
+    if here and there and here != there:
         raise DeviceError(
-            f"grads[{name!r}] is on {library.devices(form)}, but params[{name!r}] is on {library.devices(wanted)}; "
-            "bring them together first"
+            f"grads[{name!r}] is on {here}, but params[{name!r}] is on {there}; bring them together first"
         )

@@ -208,6 +208,10 @@ def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -
         new_parameters: list[Any] = []
         new_slots: list[dict[str, Any]] = []
         for task, w, old, g in zip(recipe.tasks, parameters, slots, gradients, strict=True):
+            if 0 in task.form.shape:  # nothing to update, and no statistics to keep
+                new_parameters.append(w)
+                new_slots.append(old)
+                continue
             program, dtype = task.program, task.form.dtype
             scalars = {i: tables[task.batch][task.row, place] for i, place in program.scalar_places.items()}
             if recipe.clipped:
@@ -234,24 +238,30 @@ def look_at(library: FunctionalLibrary, gradients: list[Any], max_norm: float | 
 
 @functools.cache
 def _compiled_look(library: FunctionalLibrary) -> Callable[..., Any]:
-    def look(gradients: list[Any], limit: Any) -> tuple[Any, Any, Any, Any]:
-        dtype = "float64" if any("float64" in str(g.dtype) for g in gradients) else "float32"
-        wide = [library.cast(g, dtype) for g in gradients]
-        zero, one = library.number(0.0, dtype), library.number(1.0, dtype)
-        largest = functools.reduce(
-            functools.partial(library.call, "maximum"), (library.largest(library.call("abs", g)) for g in wide), zero
-        )
-        # Divided by the largest element, no square can over- or underflow.
-        unit = library.call("where", largest < math.inf, largest, one)
-        unit = library.call("where", unit > 0, unit, one)
-        norm = unit * library.call("sqrt", sum((library.total((g / unit) * (g / unit)) for g in wide), zero))
-        finite = (norm - norm) == 0
-        scale = library.call("minimum", library.cast(limit, dtype) / (norm + 1e-6), one)
-        scale = library.call("where", finite, scale, norm - norm)
-        each = library.stack([library.all_finite(g) for g in wide]) if wide else finite
-        return norm, finite, scale, each
+    return library.compile(functools.partial(_look, library))
 
-    return library.compile(look)
+
+def inspect_gradients(library: FunctionalLibrary, gradients: list[Any], max_norm: float | None) -> Look:
+    """The same inside of a function that somebody else compiles."""
+    return Look(*_look(library, gradients, math.inf if max_norm is None else max_norm))
+
+
+def _look(library: FunctionalLibrary, gradients: list[Any], limit: Any) -> tuple[Any, Any, Any, Any]:
+    dtype = "float64" if any("float64" in str(g.dtype) for g in gradients) else "float32"
+    wide = [library.cast(g, dtype) for g in gradients]
+    zero, one = library.number(0.0, dtype), library.number(1.0, dtype)
+    largest = functools.reduce(
+        functools.partial(library.call, "maximum"), (library.largest(library.call("abs", g)) for g in wide), zero
+    )
+    # Divided by the largest element, no square can over- or underflow.
+    unit = library.call("where", largest < math.inf, largest, one)
+    unit = library.call("where", unit > 0, unit, one)
+    norm = unit * library.call("sqrt", sum((library.total((g / unit) * (g / unit)) for g in wide), zero))
+    finite = (norm - norm) == 0
+    scale = library.call("minimum", limit / (norm + 1e-6), one)
+    scale = library.call("where", finite, scale, norm - norm)
+    each = library.stack([library.all_finite(g) for g in wide]) if wide else finite
+    return norm, finite, scale, each
 
 
 def _refuse_tracing(library: FunctionalLibrary, arrays: list[Any]) -> None:

@@ -1,0 +1,189 @@
+"""Each rule under optax's name for it, with optax's arguments, and its defaults where it has them."""
+
+from typing import Any, TypeAlias
+
+from gradstep.ops import abs, maximum, sqrt
+from gradstep.optax.transformation import Injected, from_optimizer, jax
+from gradstep.rules.adadelta import AdaDelta
+from gradstep.rules.adafactor import Adafactor
+from gradstep.rules.adam import Adam, AdamW
+from gradstep.rules.custom import rule
+from gradstep.rules.lion import Lion
+from gradstep.rules.muon import Muon
+from gradstep.rules.sgd import SGD
+
+Numeric: TypeAlias = Any
+"""A number, an array without dimensions, or a schedule: a function of the step count."""
+
+
+def _given(value: Any, stand_in: float = 0.5) -> Any:
+    """Arrays become schedules, so that nobody asks for their value."""
+    return Injected(value, stand_in) if isinstance(value, jax.Array) else value
+
+
+@rule
+def RMSprop(w: Any, g: Any, v: Any, *, learning_rate: Any, decay: Any = 0.9, eps: Any = 1e-8, eps_in_sqrt: Any = True):  # noqa: N802  # noqa: N802
+    v = decay * v + (1 - decay) * (g * g)
+    return w - learning_rate * g / (sqrt(v + eps) if eps_in_sqrt else sqrt(v) + eps), v
+
+
+@rule
+def Adagrad(w: Any, g: Any, v: Any, *, learning_rate: Any, initial_accumulator_value: Any = 0.1, eps: Any = 1e-7):  # noqa: N802  # noqa: N802
+    v = v + g * g
+    return w - learning_rate * g / sqrt(v + (initial_accumulator_value + eps)), v
+
+
+@rule
+def Adamax(  # noqa: N802
+    w: Any, g: Any, m: Any, v: Any, *, learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, t: Any
+):
+    m = b1 * m + (1 - b1) * g
+    v = maximum(abs(g) + eps, b2 * v)
+    return w - learning_rate / (1 - b1**t) * m / v, m, v
+
+
+def sgd(learning_rate: Numeric, momentum: Numeric = None, nesterov: bool = False) -> Any:
+    """Stochastic gradient descent: `v = momentum * v + g`, `w = w - learning_rate * v`; see `gradstep.SGD`.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.sgd(0.5)
+        >>> tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0].tolist()
+        [-0.5, -0.5]
+    """
+    if momentum is None:
+        return from_optimizer(SGD(_given(learning_rate)))
+    return from_optimizer(SGD(_given(learning_rate), momentum=_given(momentum), nesterov=nesterov))
+
+
+def rmsprop(learning_rate: Numeric, decay: Numeric = 0.9, eps: Numeric = 1e-8, eps_in_sqrt: bool = True) -> Any:
+    """`v = decay * v + (1 - decay) * g**2`, `w = w - learning_rate * g / sqrt(v + eps)`.
+
+    With `eps_in_sqrt=False`, `eps` is added to the root, as in `gradstep.RMSprop`.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.rmsprop(0.1, decay=0.75)
+        >>> tx.update(jnp.ones(1), tx.init(jnp.zeros(1)))[0].tolist()
+        [-0.20000000298023224]
+    """
+    return from_optimizer(RMSprop(_given(learning_rate), decay=_given(decay), eps=_given(eps), eps_in_sqrt=eps_in_sqrt))
+
+
+def adagrad(learning_rate: Numeric, initial_accumulator_value: Numeric = 0.1, eps: Numeric = 1e-7) -> Any:
+    """`v = v + g**2`, `w = w - learning_rate * g / sqrt(v + initial_accumulator_value + eps)`.
+
+    The slot begins at zero; the initial value is added where it is used.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.adagrad(0.1, initial_accumulator_value=3.0)
+        >>> tx.update(jnp.ones(1), tx.init(jnp.zeros(1)))[0].tolist()
+        [-0.05000000074505806]
+    """
+    start = _given(initial_accumulator_value)
+    return from_optimizer(Adagrad(_given(learning_rate), initial_accumulator_value=start, eps=_given(eps)))
+
+
+def adadelta(learning_rate: Numeric = 1.0, rho: Numeric = 0.9, eps: Numeric = 1e-6) -> Any:
+    """AdaDelta; see `gradstep.AdaDelta`.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.adadelta()
+        >>> bool(tx.update(jnp.ones(1), tx.init(jnp.zeros(1)))[0][0] < 0)
+        True
+    """
+    return from_optimizer(AdaDelta(_given(learning_rate), rho=_given(rho), eps=_given(eps)))
+
+
+def adam(learning_rate: Numeric, b1: Numeric = 0.9, b2: Numeric = 0.999, eps: Numeric = 1e-8) -> Any:
+    """Adam with bias correction, as in optax; see `gradstep.Adam`.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.adam(0.5)
+        >>> tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0].tolist()
+        [-0.5, -0.5]
+    """
+    betas = _given(b1), _given(b2)
+    return from_optimizer(Adam(_given(learning_rate), betas=betas, eps=_given(eps), bias_correction=True))
+
+
+def adamw(
+    learning_rate: Numeric, b1: Numeric = 0.9, b2: Numeric = 0.999, eps: Numeric = 1e-8, weight_decay: Numeric = 1e-4
+) -> Any:
+    """AdamW with bias correction and optax's defaults; see `gradstep.AdamW`.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.adamw(0.5, weight_decay=0.5)
+        >>> params = jnp.full(2, 4.0)
+        >>> tx.update(jnp.ones(2), tx.init(params), params)[0].tolist()
+        [-1.5, -1.5]
+    """
+    return from_optimizer(
+        AdamW(
+            _given(learning_rate), betas=(_given(b1), _given(b2)), eps=_given(eps), weight_decay=_given(weight_decay),
+            bias_correction=True,
+        )
+    )  # fmt: skip
+
+
+def adamax(learning_rate: Numeric, b1: Numeric = 0.9, b2: Numeric = 0.999, eps: Numeric = 1e-8) -> Any:
+    """Adamax with bias correction and `eps` inside of the maximum, as in optax.
+
+    `v = max(|g| + eps, b2 * v)`, `w = w - learning_rate / (1 - b1**t) * m / v`.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.adamax(0.5)
+        >>> tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))[0].round(3).tolist()
+        [-0.5, -0.5]
+    """
+    return from_optimizer(Adamax(_given(learning_rate), b1=_given(b1), b2=_given(b2), eps=_given(eps)))
+
+
+def lion(learning_rate: Numeric, b1: Numeric = 0.9, b2: Numeric = 0.99, weight_decay: Numeric = 1e-3) -> Any:
+    """Lion with optax's defaults; see `gradstep.Lion`.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.lion(0.5, weight_decay=0.0)
+        >>> params = jnp.zeros(2)
+        >>> tx.update(jnp.array([3.0, -4.0]), tx.init(params), params)[0].tolist()
+        [-0.5, 0.5]
+    """
+    betas = _given(b1), _given(b2)
+    return from_optimizer(Lion(_given(learning_rate), betas=betas, weight_decay=_given(weight_decay)))
+
+
+def adafactor(learning_rate: Numeric = None, **hyperparameters: Any) -> Any:
+    """Adafactor with the formula and the arguments of `gradstep.Adafactor`, not those of optax.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.adafactor()
+        >>> params = jnp.ones((2, 3))
+        >>> tx.update(jnp.ones((2, 3)), tx.init(params), params)[0].shape
+        (2, 3)
+    """
+    stand_ins = {"decay_rate": -0.8}
+    given = {name: _given(value, stand_ins.get(name, 0.5)) for name, value in hyperparameters.items()}
+    return from_optimizer(Adafactor(_given(learning_rate), **given))
+
+
+def muon(learning_rate: Numeric, **hyperparameters: Any) -> Any:
+    """Muon with the formula and the arguments of `gradstep.Muon`, for every parameter that it gets.
+
+    Give what is no matrix to another rule: `optax.multi_transform`, or `from_optimizer` of a `MultiOptimizer`.
+
+    Example:
+        >>> import gradstep.optax, jax.numpy as jnp
+        >>> tx = gradstep.optax.muon(0.02)
+        >>> params = jnp.ones((2, 3))
+        >>> tx.update(jnp.ones((2, 3)), tx.init(params), params)[0].shape
+        (2, 3)
+    """
+    given = {name: _given(value) for name, value in hyperparameters.items()}
+    return from_optimizer(Muon(_given(learning_rate), **given))

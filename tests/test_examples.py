@@ -1,0 +1,36 @@
+"""The examples, run as they stand, for fewer steps where they take long."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["numpy_digits", "jax_digits", "mlx_digits"])
+def test_digits_are_recognised(name: str) -> None:
+    assert example(name).train(steps=150) > 0.85
+
+
+def test_the_transformer_learns_what_characters_follow() -> None:
+    characters = example("torch_characters")
+    assert characters.train(steps=60) < 2.9 < 4.0 < characters.train(steps=1)
+
+
+def test_one_rule_gives_the_same_on_four_libraries() -> None:
+    results = example("one_rule_on_four").train()
+    assert set(results) == {"NumPy", "PyTorch", "JAX", "MLX"}
+    for values in results.values():
+        assert values == pytest.approx(results["NumPy"], rel=1e-6)
+    assert results["PyTorch"] == results["NumPy"]
