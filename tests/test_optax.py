@@ -13,6 +13,7 @@ import pytest
 import gradstep as gs
 import gradstep.optax
 from families import assert_same_bits, configurations
+from gradstep.program.device_schedules import schedule_on_device
 
 SHAPES = {"w": (4, 3), "b": (3,), "s": (), "t": (2, 3, 4)}
 
@@ -112,6 +113,21 @@ def test_schedules_of_gradstep_run_under_jit(schedule: Any) -> None:
     for step in range(8):
         updates, state = update(jnp.ones(1), state)
         assert float(updates[0]) == pytest.approx(-schedule(step), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (gs.exponential_decay(0.1, 0.9999), (1, 1000, 99_990)),
+        (gs.cosine_decay(0.1, 1000), (1, 500, 998, 999)),
+        (gs.linear_schedule(0.1, 0.0, 1000), (1, 500, 998, 999)),
+    ],
+    ids=repr,
+)
+def test_schedules_keep_their_digits_in_float32(schedule: Any, steps: tuple[int, ...]) -> None:
+    for step in steps:
+        found = schedule_on_device(jnp, schedule, jnp.int32(step))
+        assert float(found) == pytest.approx(schedule(step), rel=2e-6)
 
 
 def adamw(module: Any) -> Any:

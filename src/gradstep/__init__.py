@@ -1,4 +1,4 @@
-"""The optimizer step, done right: fused, all-or-nothing, with state by name, on arrays of NumPy, PyTorch, JAX and MLX."""
+"""The optimizer step, done right: fused, all-or-nothing, state by name, on arrays of NumPy, PyTorch, JAX and MLX."""
 
 from gradstep.clip import clip_grad_norm
 from gradstep.errors import (

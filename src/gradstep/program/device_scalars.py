@@ -53,6 +53,9 @@ class DeviceScalars:
         if symbol.op == "dimension":
             axis: int = symbol.attribute
             return max(self._shape[axis], 1)
+        inner = _twice_from_one(symbol)
+        if inner is not None:
+            return self[inner]
         args = [self[arg] for arg in symbol.args]
         plain = all(isinstance(arg, (bool, int, float)) for arg in args)
         if symbol.op == "subtract" and not plain and symbol.args[1].op == "power" and args[0] == 1:
@@ -68,3 +71,14 @@ class DeviceScalars:
         if isinstance(x, (int, float)):
             return math.log(x) if x > 0 else -math.inf
         return self._functions.log(x)
+
+
+def _twice_from_one(symbol: Symbol) -> Symbol | None:
+    """The `x` of `1 - (1 - x)`, which is computed as such: the difference would round it."""
+    if not _from_one(symbol) or not _from_one(symbol.args[1]):
+        return None
+    return symbol.args[1].args[1]
+
+
+def _from_one(symbol: Symbol) -> bool:
+    return symbol.op == "subtract" and symbol.args[0].op == "constant" and symbol.args[0].attribute == 1

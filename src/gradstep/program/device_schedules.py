@@ -14,17 +14,15 @@ def schedule_on_device(functions: Any, schedule: Callable[[Any], Any], step: Any
         functions: the library's module with `where`, `cos` and `minimum`: `jax.numpy` or `mlx.core`.
     """
     if isinstance(schedule, exponential_decay):
-        return schedule.init * schedule.decay_rate**step
+        return schedule.init * _power(functions, schedule.decay_rate, step)
     if isinstance(schedule, step_decay):
-        return schedule.init * schedule.decay_rate ** (step // schedule.step_size)
+        return schedule.init * _power(functions, schedule.decay_rate, step // schedule.step_size)
     if isinstance(schedule, cosine_decay):
-        part = functions.minimum(step, schedule.decay_steps) / schedule.decay_steps
-        value = schedule.end + (schedule.init - schedule.end) * 0.5 * (1.0 + functions.cos(math.pi * part))
-        return functions.where(step >= schedule.decay_steps, schedule.end, value)
+        left = _part_left(functions, step, schedule.decay_steps)
+        sine = functions.sin(0.5 * math.pi * left)  # 1 + cos(x) loses its digits near the end
+        return schedule.end + (schedule.init - schedule.end) * (sine * sine)
     if isinstance(schedule, linear_schedule):
-        part = functions.minimum(step, schedule.steps) / schedule.steps
-        value = schedule.init + (schedule.end - schedule.init) * part
-        return functions.where(step >= schedule.steps, schedule.end, value)
+        return schedule.end + (schedule.init - schedule.end) * _part_left(functions, step, schedule.steps)
     if isinstance(schedule, join_schedules):
         value = schedule_on_device(functions, schedule.schedules[0], step)
         for boundary, following in zip(schedule.boundaries, schedule.schedules[1:], strict=True):
@@ -32,3 +30,12 @@ def schedule_on_device(functions: Any, schedule: Callable[[Any], Any], step: Any
             value = functions.where(step >= boundary, later, value)
         return value
     return schedule(step)
+
+
+def _part_left(functions: Any, step: Any, steps: int) -> Any:
+    return (steps - functions.minimum(step, steps)) / steps
+
+
+def _power(functions: Any, base: float, exponent: Any) -> Any:
+    """`base**exponent`, with the logarithm in float64."""
+    return functions.exp(exponent * math.log(base)) if base > 0 else base**exponent
