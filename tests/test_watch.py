@@ -182,3 +182,17 @@ def test_runs_of_chunks_give_the_bits_of_single_ones(monkeypatch: Any, make: Any
     monkeypatch.setattr("gradstep.program.threads.WORTH_THREADS", 0)
     runs = trained()
     assert all(np.array_equal(single[name], runs[name]) for name in grads)
+
+
+def test_row_and_column_slots_are_written_wherever_they_lie() -> None:
+    plain, moved = gs.Adafactor(0.1), gs.Adafactor(0.1)
+    params = [{"w": torch.arange(120.0).reshape(2, 5, 3, 4)} for _ in range(2)]
+    for step in range(3):
+        for opt, tree in zip((plain, moved), params, strict=True):
+            opt.apply_gradients({"w": torch.full((2, 5, 3, 4), step + 1.0)}, tree)
+        for slot in moved.state["w"].values():
+            slot.data = slot.transpose(0, 1).contiguous().transpose(0, 1)
+    for slot, array in plain.state["w"].items():
+        assert not moved.state["w"][slot].is_contiguous()
+        assert torch.equal(moved.state["w"][slot], array)
+    assert torch.equal(params[0]["w"], params[1]["w"])

@@ -106,8 +106,7 @@ class Batch:
         """Find each tensor's address of one array; arrays that no kernel can walk get scratch."""
         kind = self.program.slots.get(place, Kind.FULL)
         if kind is not Kind.FULL:
-            arrays = (self._library.as_numpy(match.slots[place]) for match in self.matches)
-            self._views[place] = [array.reshape(self._small_shape(kind, i)) for i, array in enumerate(arrays)]
+            self._views[place] = [self._library.as_numpy(match.slots[place]) for match in self.matches]
             return
         addresses = np.zeros(len(self.matches), np.int64)
         for i, match in enumerate(self.matches):
@@ -180,10 +179,12 @@ class Batch:
         table = self._scalars.values[: self._scalars.used].astype(self.dtype)
         scalars: list[dict[int, Any]] = [dict(zip(indices, row, strict=False)) for row in table]
         scalars = scalars or [{}]
-        slots = {s.index: self._views[s.attribute] for s in self.program.symbols if s.attribute in self._views}
+        slots = {s: self._views[s.attribute] for s in self.program.symbols if s.attribute in self._views}
         values: list[SmallValues] = []
         for i in range(len(self.matches)):
-            known: dict[int, Any] = {index: views[i] for index, views in slots.items()}
+            known: dict[int, Any] = {
+                s.index: views[i].reshape(self._small_shape(s.kind, i)) for s, views in slots.items()
+            }
             values.append(SmallValues(self.dtype, scalars[int(self._scalars.rows[i])] | known))
         return values
 
@@ -211,7 +212,7 @@ class Batch:
     def _small_results(self, values: list[SmallValues]) -> list[tuple[Array, Array]]:
         """Each slot of rows or columns, and its new value. An empty parameter has no statistics to keep."""
         return [
-            (target, values[i][symbol])
+            (target, values[i][symbol].reshape(target.shape))
             for slot, symbol in self.program.small_outputs.items()
             for i, target in enumerate(self._views[slot])
             if self.sizes[i]
