@@ -232,3 +232,32 @@ def test_errors() -> None:
         tx.update(jnp.ones(1), tx.init(jnp.zeros(1)))
     with pytest.raises(gs.OutOfRangeError):
         gradstep.optax.adamw(0.1, b1=1.5)
+
+
+def test_a_training_loop_of_equinox_ends_with_optax_s_loss() -> None:
+    equinox = pytest.importorskip("equinox")
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((64, 4)), "float32")
+    y = jnp.sin(x.sum(axis=1, keepdims=True))
+
+    def final_loss(tx: Any) -> float:
+        model = equinox.nn.MLP(4, 1, 16, 2, key=jax.random.key(0))
+        state = tx.init(equinox.filter(model, equinox.is_array))
+
+        @equinox.filter_jit
+        def step(model: Any, state: Any) -> Any:
+            loss, grads = equinox.filter_value_and_grad(lambda m: jnp.mean((jax.vmap(m)(x) - y) ** 2))(model)
+            updates, state = tx.update(grads, state, equinox.filter(model, equinox.is_array))
+            return equinox.apply_updates(model, updates), state, loss
+
+        losses: list[float] = []
+        for _ in range(60):
+            model, state, loss = step(model, state)
+            losses.append(float(loss))
+        assert losses[-1] < 0.3 * losses[0]
+        return losses[-1]
+
+    ours, theirs = (
+        final_loss(module.adamw(optax.cosine_decay_schedule(0.02, 60))) for module in (gradstep.optax, optax)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-3)
