@@ -104,7 +104,7 @@ ARRAYS: dict[str, tuple[Any, Any, str]] = {
     "buffer": (
         memoryview(ones()),
         gs.ArgumentTypeError,
-        "a memoryview.*expected an array of NumPy, PyTorch, JAX or MLX",
+        "a memoryview.*expected an array of NumPy, PyTorch, JAX",
     ),
     "foreign array": (
         Foreign(),
