@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -274,6 +275,23 @@ for opt in (gs.AdamW(0.1, clip_norm=1.0, nonfinite="skip"), gs.Adafactor(beta_1=
         assert "bring them together" in str(error)
     else:
         raise AssertionError("a gradient on other devices was taken")
+
+one, two = (jax.device_put(jnp.ones(2, "float32"), device) for device in jax.devices()[:2])
+for params in ({"a": one, "b": two},):
+    try:
+        gs.SGD(0.1).apply_gradients(dict(params), params)
+    except gs.DeviceError as error:
+        assert "params['a'] is on" in str(error) and "params['b'] is on" in str(error)
+    else:
+        raise AssertionError("parameters on two devices were taken")
+opt, params = gs.SGD(0.1, momentum=0.9), {"a": one}
+opt.apply_gradients({"a": one + 0}, params)
+try:
+    opt.apply_gradients({"a": two + 0}, {"a": two})
+except gs.DeviceError as error:
+    assert "state['a']['v'] is on" in str(error)
+else:
+    raise AssertionError("slots stayed behind, and nobody noticed")
 """
 
 
@@ -380,6 +398,85 @@ def test_arrays_of_a_plan_are_not_kept_alive(make: Any) -> None:
     opt.apply_gradients(grads, params)
     gc.collect()
     assert sys.getrefcount(w) == count - 1
+
+
+@on_both
+def test_parameters_that_become_tied_are_noticed_at_every_step(make: Any) -> None:
+    for with_gradient in (True, False):
+        opt = gs.SGD(0.1)
+        params = {name: make(np.ones(2, np.float32)) for name in "ab"}
+        names = "ab" if with_gradient else "a"
+        grads = {name: make(np.ones(2, np.float32)) for name in names}
+        opt.apply_gradients(grads, params)
+        params["b"] = params["a"]
+        with pytest.raises(gs.AliasedParametersError, match="are one array"):
+            opt.apply_gradients(grads, params)
+        assert opt.step == 1
+
+
+def test_what_cannot_be_donated_is_refused_in_our_words() -> None:
+    opt, w = gs.SGD(0.1, donate=True), jnp.ones(2, "float32")
+    params = {"w": w}
+    with pytest.raises(gs.AliasedParametersError, match="donate=False"):
+        opt.apply_gradients({"w": w}, params)
+    assert (opt.step, params["w"] is w, w.is_deleted()) == (0, True, False)
+
+
+@on_both
+def test_outcomes_that_nobody_asks_for_do_not_pile_up(make: Any) -> None:
+    opt, params = gs.AdamW(1e-3, nonfinite="skip"), {"w": make(np.ones(2, np.float32))}
+    grads = {"w": make(np.ones(2, np.float32))}
+    for _ in range(200):
+        opt.apply_gradients(grads, params)
+    assert len(opt._leaf._awaited._steps) <= 64
+    assert opt.step == 200
+
+
+@on_both
+def test_the_rate_is_that_of_the_last_step_taken(make: Any) -> None:
+    opt, params = gs.SGD(lambda step: 1 / (step + 1), nonfinite="skip"), {"w": make(np.ones(2, np.float32))}
+    for value, expected in ((1.0, 1.0), (1.0, 0.5), (np.nan, 0.5), (1.0, 1 / 3)):
+        opt.apply_gradients({"w": make(np.full(2, value, np.float32))}, params)
+        assert opt.learning_rate == pytest.approx(expected)
+
+
+@on_both
+def test_entries_are_found_as_they_were_named(make: Any) -> None:
+    params: Any = {"0": None, 0: make(np.ones(1, np.float32))}
+    gs.SGD(0.5).apply_gradients({0: make(np.ones(1, np.float32))}, params)
+    assert params["0"] is None
+    assert np.array(params[0]).tolist() == [0.5]
+
+
+class Picky(UserDict[str, Any]):
+    """Refuses to replace one entry."""
+
+    def __setitem__(self, key: str, item: Any) -> None:
+        if key == "b" and key in self.data:
+            raise KeyError("b stays")
+        super().__setitem__(key, item)
+
+
+@on_both
+def test_a_container_that_refuses_one_key_is_refused_whole(make: Any) -> None:
+    opt, params = gs.SGD(0.5), Picky({name: make(np.ones(1, np.float32)) for name in "ab"})
+    with pytest.raises(gs.ReadOnlyError, match="the entry 'b' of a Picky"):
+        opt.apply_gradients({name: make(np.ones(1, np.float32)) for name in "ab"}, params)
+    assert (opt.step, np.array(params["a"]).tolist()) == (0, [1.0])
+
+
+def test_float64_is_clipped_in_float64() -> None:
+    opt, params = gs.SGD(1.0, clip_norm=0.1), {"w": jnp.zeros(2, "float64")}
+    opt.apply_gradients({"w": jnp.array([3.0, 4.0])}, params)
+    np.testing.assert_allclose(np.array(params["w"]), [-0.06 / (1 + 2e-7), -0.08 / (1 + 2e-7)], rtol=1e-12)
+
+
+def test_init_and_clipping_inside_of_a_transformation_are_refused() -> None:
+    for call in (lambda x: gs.SGD(0.1, momentum=0.9).init({"x": x}), lambda x: gs.clip_grad_norm({"x": x}, 1.0)):
+        with pytest.raises(gs.TracingError, match=r"gradstep\.optax"):
+            jax.jit(call)(jnp.ones(2, "float32"))
+        with pytest.raises(gs.TracingError, match=r"gradstep\.mlx"):
+            mx.compile(call)(mx.ones(2))
 
 
 class TestValueAndGrad:

@@ -222,6 +222,39 @@ def test_a_rule_of_one_s_own() -> None:
     assert_same_bits(tx.update(jnp.array([3.0, -4.0]), tx.init(jnp.zeros(2)))[0], np.array([-0.5, 0.5], np.float32))
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("rate", [1e-3, 1e-4, optax.constant_schedule(1e-4)])
+def test_weight_decay_is_not_rounded_away(name: str, rate: Any) -> None:
+    tx = getattr(gradstep.optax, name)(rate, weight_decay=1e-4)
+    params = jnp.full(1, 3.0)
+    update = jax.jit(tx.update)(jnp.zeros(1), tx.init(params), params)[0]
+    assert float(update[0]) == pytest.approx(-3e-4 * (1e-4 if callable(rate) else rate), rel=1e-5)
+
+
+def test_hyperparameters_of_muon_and_adafactor_can_be_injected() -> None:
+    for factory, arguments in (
+        (optax.inject_hyperparams(gradstep.optax.muon, static_args=("ns_steps", "nesterov")), {"learning_rate": 0.1}),
+        (optax.inject_hyperparams(gradstep.optax.adafactor), {"learning_rate": 0.1, "decay_rate": -0.5}),
+    ):
+        tx, params = factory(**arguments), {"w": jnp.ones((3, 2))}
+        updates, _ = jax.jit(tx.update)({"w": jnp.ones((3, 2))}, tx.init(params), params)
+        assert updates["w"].shape == (3, 2)
+    with pytest.raises(gs.ArgumentTypeError, match="static_args"):
+        optax.inject_hyperparams(gradstep.optax.muon)(0.1).init({"w": jnp.ones((3, 2))})
+
+
+def test_a_slot_for_vectors_alone() -> None:
+    @gs.rule
+    def Momentum(w: Any, g: Any, m: Any, *, learning_rate: Any) -> Any:
+        m = 0.5 * m + g if w.ndim == 1 else None
+        return w - learning_rate * (g if m is None else m), m
+
+    tx, params = gradstep.optax.from_optimizer(Momentum(0.5)), {"v": jnp.zeros(2), "m": jnp.zeros((2, 2))}
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert updates["v"].tolist() == [-0.5, -0.5]
+    assert state.slots["m"]["m"] is None
+
+
 def test_errors() -> None:
     with pytest.raises(gs.ArgumentTypeError, match="takes an optimizer of gradstep"):
         gradstep.optax.from_optimizer(optax.adam(0.1))  # type: ignore[arg-type]

@@ -196,3 +196,14 @@ def test_row_and_column_slots_are_written_wherever_they_lie() -> None:
         assert not moved.state["w"][slot].is_contiguous()
         assert torch.equal(moved.state["w"][slot], array)
     assert torch.equal(params[0]["w"], params[1]["w"])
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["PyTorch", "NumPy"])
+def test_a_parameter_without_gradient_that_becomes_tied_is_noticed(make: Any) -> None:
+    opt, params = gs.SGD(0.1), {"w": make([1.0, 2.0]), "frozen": make([3.0, 4.0])}
+    for _ in range(2):
+        opt.apply_gradients({"w": make([1.0, 1.0])}, params)
+    params["frozen"] = params["w"][:]
+    with pytest.raises(gs.AliasedParametersError, match="frozen"):
+        opt.apply_gradients({"w": make([1.0, 1.0])}, params)
+    assert opt.step == 2

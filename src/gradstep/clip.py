@@ -10,7 +10,7 @@ from gradstep.arrays.library import MemoryLibrary, recognise
 from gradstep.arrays.memory import axis_order, element_strides, strides_in_order
 from gradstep.errors import OutOfRangeError
 from gradstep.learning_rate import to_float
-from gradstep.step.functional import look_at
+from gradstep.step.functional import look_at, refuse_tracing
 from gradstep.step.inspection import Inspector, clip_scale, global_norm
 from gradstep.tree import flatten
 
@@ -20,8 +20,9 @@ Grads = TypeVar("Grads")
 def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
     """Scale gradients so that their global norm is at most `max_norm`.
 
-    `scale = min(max_norm / (norm + 1e-6), 1)`, with the norm accumulated in float64. A norm that is not finite
-    makes every gradient NaN. To clip within a step, and faster, give the optimizer `clip_norm=` instead.
+    `scale = min(max_norm / (norm + 1e-6), 1)`, with the norm accumulated in float64, or, on JAX and MLX arrays,
+    in the widest dtype of the gradients. A norm that is not finite makes every gradient NaN. To clip within a step,
+    and faster, give the optimizer `clip_norm=` instead.
 
     Args:
         grads: arrays by name: a mapping, or a nested dict, list or tuple. Never written.
@@ -50,6 +51,7 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
         scale = clip_scale(norm, max_norm)
         clipped = {name: _scaled(array, scale) for name, array in named.items()}
     else:
+        refuse_tracing(library, list(named.values()))
         forms = {name: library.describe(array, f"grads[{name!r}]") for name, array in named.items()}
         look = look_at(library, list(named.values()), max_norm)
         clipped = {name: array * library.cast(look.scale, forms[name].dtype) for name, array in named.items()}

@@ -22,11 +22,11 @@ from gradstep.interrupts import InterruptsHeld
 from gradstep.options import DEFAULTS, ClipNorm, Donate, NonFinite, Policy
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.report import AwaitedReport, Report
-from gradstep.step.functional import FunctionalPlan, Look, refuse_shared
+from gradstep.step.functional import FunctionalPlan, Look, refuse_shared, refuse_tracing
 from gradstep.step.inspection import Inspection, clip_scale
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
-from gradstep.step.overlap import refuse_overlap
+from gradstep.step.overlap import refuse_overlap, trainable
 from gradstep.step.plan import Plan, Share
 from gradstep.tree import entries_of, named_arrays
 
@@ -87,9 +87,13 @@ class Optimizer(ABC):
     @property
     def report(self) -> Report | None:
         """What the last `apply_gradients` did; None before the first. Waits for what only a device knows."""
-        if isinstance(self._report, AwaitedReport):
-            self._report = self._report.read()
-        return self._report
+        report = self._report
+        if not isinstance(report, AwaitedReport):
+            return report
+        complete = report.read()
+        if self._report is report:  # no other step has been taken meanwhile
+            self._report = complete
+        return complete
 
     @property
     @abstractmethod
@@ -122,6 +126,7 @@ class Optimizer(ABC):
         if library.in_place is True:
             refuse_overlap(library, named, {})
         else:
+            refuse_tracing(library, list(named.values()))
             refuse_shared(named, named)
         self._forget_routes()
         fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._route(named)]
@@ -263,8 +268,11 @@ class Optimizer(ABC):
         named, wanted = cast("dict[str, Any]", params), cast("dict[str, Any]", grads)
         if cached.key != self._plan_key(wanted, named):
             return None
+        if isinstance(cached.plan, FunctionalPlan):
+            refuse_shared(named, wanted)
         parameters, gradients = cached.sort(named.values(), wanted.values())
-        return (cached.plan, parameters, gradients) if cached.suits(parameters, gradients) else None
+        suits = cached.suits(parameters, gradients) and cached.finds_kept(named)
+        return (cached.plan, parameters, gradients) if suits else None
 
     def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> "PlanKey":
         epochs = [leaf.epoch for leaf in self._leaves()]
@@ -277,8 +285,11 @@ class Optimizer(ABC):
         chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
         library = recognise(params=chosen, grads=wanted)
         clipped, skipping, donating = key.options
+        kept: dict[str, Any] = {}
         if library.in_place is True:
-            refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
+            others = {name: array for name, array in named.items() if name not in chosen}
+            refuse_overlap(library, chosen, others)
+            kept = trainable(library, others)
             shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
             plan = Plan(library, shares, chosen, wanted, clipped=clipped)
         else:
@@ -287,7 +298,7 @@ class Optimizer(ABC):
                 library, self._route(chosen), chosen, wanted, clipped=clipped, skipping=skipping, donating=donating
             )
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
-        self._plan = _CachedPlan(key, plan, parameters, gradients)
+        self._plan = _CachedPlan(key, plan, parameters, gradients, kept)
         return plan, parameters, gradients
 
     @property
@@ -309,9 +320,13 @@ class Optimizer(ABC):
             super().__setattr__(name, value)
 
     def _snapshot(self, memo: dict[int, Any]) -> dict[str, Any]:
-        _ = self.report  # nothing that awaits a device is copied
         kept = vars(self).keys() - {"_lock", "_plan", "_serial"}
-        return self._exclusively(lambda: copy.deepcopy({name: vars(self)[name] for name in kept}, memo))
+
+        def copied() -> dict[str, Any]:
+            _ = self.report  # nothing that awaits a device is copied
+            return copy.deepcopy({name: vars(self)[name] for name in kept}, memo)
+
+        return self._exclusively(copied)
 
     def __getstate__(self) -> dict[str, Any]:
         return self._snapshot({})
@@ -377,11 +392,16 @@ class PlanKey(NamedTuple):
 class _CachedPlan:
     """A plan, and what must still be the same for it to serve again."""
 
-    def __init__(self, key: PlanKey, plan: AnyPlan, parameters: list[Any], gradients: list[Any]) -> None:
+    def __init__(
+        self, key: PlanKey, plan: AnyPlan, parameters: list[Any], gradients: list[Any], kept: Mapping[str, Any]
+    ) -> None:
         self.key, self.plan = key, plan
         watch = plan.watch
         self._parameters, self._gradients = watch(parameters), watch(gradients)
         self._slots = watch(plan.shown_slots)
+        self._kept, self._kept_names = watch(list(kept.values())), list(kept)
+        self._kept.locate(list(kept.values()))
+        self._kept_addresses = self._kept.addresses.copy()
         self._orders = _order(plan.names, key.parameters), _order(plan.names, key.gradients)
         # Whether the plan's tables hold the addresses that were last found.
         self._settled = OTHER not in (self._parameters.locate(parameters), self._gradients.locate(gradients))
@@ -411,6 +431,13 @@ class _CachedPlan:
             self.plan.move_gradients(self._gradients.addresses)
         self._settled = True
         return True
+
+    def finds_kept(self, named: Mapping[str, Any]) -> bool:
+        """Whether the parameters that get no gradient lie where they lay, apart from those that are written."""
+        if not self._kept_names:
+            return True
+        found = self._kept.locate([named[name] for name in self._kept_names])
+        return found != OTHER and np.array_equal(self._kept.addresses, self._kept_addresses)
 
     def _slots_stayed(self) -> bool:
         shown = self.plan.shown_slots

@@ -100,14 +100,14 @@ def entries_of(tree: object, names: Sequence[str]) -> list[tuple[Any, Any]]:
     Raises:
         ReadOnlyError: a container that holds one of them cannot be written: a tuple, or a read-only mapping.
     """
-    if type(tree) is dict and all(name in cast("dict[str, Any]", tree) for name in names):
+    if named_arrays(tree, "params") is tree:
         return [(tree, name) for name in names]
     found: dict[str, tuple[Any, Any]] = {}
     _find_entries(cast("Tree", tree), (), found)
     entries = [found[name] for name in names]
-    for container in {id(container): container for container, _ in entries}.values():
+    for container, key in entries:
         if type(container) not in (dict, list):
-            _try_to_write(container, next(key for other, key in entries if other is container))
+            _try_to_write(container, key)
     return entries
 
 
@@ -115,7 +115,7 @@ def _find_entries(tree: Tree, path: tuple[object, ...], found: dict[str, tuple[A
     for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         if isinstance(value, (Mapping, list, tuple)):
             _find_entries(cast("Tree", value), (*path, key), found)
-        else:
+        elif value is not None:
             found[".".join(map(str, (*path, key)))] = (tree, key)
 
 

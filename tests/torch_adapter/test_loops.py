@@ -242,3 +242,17 @@ def test_functional_calls_see_the_parameters_as_they_are():
     loss_of(model, 0).backward()
     opt.step()
     assert not torch.equal(first, model(inputs))
+
+
+def test_a_parameter_that_moves_from_one_group_to_the_next_takes_its_rate() -> None:
+    results = []
+    for module in (torch.optim, gradstep.torch):
+        parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+        opt = module.SGD([{"params": parameters[:2], "lr": 1.0}, {"params": parameters[2:], "lr": 10.0}], lr=1.0)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.ones(1)
+            opt.step()
+            opt.param_groups[1]["params"].insert(0, opt.param_groups[0]["params"].pop())
+        results.append([parameter.item() for parameter in parameters])
+    assert results[0] == results[1]

@@ -95,9 +95,14 @@ class RuleUpdate(Optimizer):
 
     def set_hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Set several hyperparameters at once, checked together; a function compiled before keeps the old ones."""
+        before = self._definition.hyperparameters
         self._define({name: value for name, value in values.items() if name != "learning_rate"})
         if "learning_rate" in values:
-            self.learning_rate = values["learning_rate"]
+            try:
+                self.learning_rate = values["learning_rate"]
+            except BaseException:
+                self._definition.set_hyperparameters(before)
+                raise
 
     def _define(self, values: Mapping[str, object]) -> None:
         for name, value in values.items():

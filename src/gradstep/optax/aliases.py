@@ -2,6 +2,7 @@
 
 from typing import Any, TypeAlias
 
+from gradstep.errors import ArgumentTypeError
 from gradstep.ops import abs, maximum, sqrt
 from gradstep.optax.transformation import Injected, from_optimizer, jax
 from gradstep.rules.adadelta import AdaDelta
@@ -22,13 +23,13 @@ def _given(value: Any, stand_in: float = 0.5) -> Any:
 
 
 @rule
-def RMSprop(w: Any, g: Any, v: Any, *, learning_rate: Any, decay: Any = 0.9, eps: Any = 1e-8, eps_in_sqrt: Any = True):  # noqa: N802  # noqa: N802
+def RMSprop(w: Any, g: Any, v: Any, *, learning_rate: Any, decay: Any = 0.9, eps: Any = 1e-8, eps_in_sqrt: Any = True):  # noqa: N802
     v = decay * v + (1 - decay) * (g * g)
     return w - learning_rate * g / (sqrt(v + eps) if eps_in_sqrt else sqrt(v) + eps), v
 
 
 @rule
-def Adagrad(w: Any, g: Any, v: Any, *, learning_rate: Any, initial_accumulator_value: Any = 0.1, eps: Any = 1e-7):  # noqa: N802  # noqa: N802
+def Adagrad(w: Any, g: Any, v: Any, *, learning_rate: Any, initial_accumulator_value: Any = 0.1, eps: Any = 1e-7):  # noqa: N802
     v = v + g * g
     return w - learning_rate * g / sqrt(v + (initial_accumulator_value + eps)), v
 
@@ -158,7 +159,16 @@ def lion(learning_rate: Numeric, b1: Numeric = 0.9, b2: Numeric = 0.99, weight_d
     return from_optimizer(Lion(_given(learning_rate), betas=betas, weight_decay=_given(weight_decay)))
 
 
-def adafactor(learning_rate: Numeric = None, **hyperparameters: Any) -> Any:
+def adafactor(
+    learning_rate: Numeric = None,
+    eps: tuple[Numeric, Numeric] = (1e-30, 1e-3),
+    clip_threshold: Numeric = 1.0,
+    decay_rate: Numeric = -0.8,
+    beta_1: Numeric = None,
+    weight_decay: Numeric = 0.0,
+    scale_parameter: bool = True,
+    warmup_init: bool = False,
+) -> Any:
     """Adafactor with the formula and the arguments of `gradstep.Adafactor`, not those of optax.
 
     Example:
@@ -168,12 +178,22 @@ def adafactor(learning_rate: Numeric = None, **hyperparameters: Any) -> Any:
         >>> tx.update(jnp.ones((2, 3)), tx.init(params), params)[0].shape
         (2, 3)
     """
-    stand_ins = {"decay_rate": -0.8}
-    given = {name: _given(value, stand_ins.get(name, 0.5)) for name, value in hyperparameters.items()}
-    return from_optimizer(Adafactor(_given(learning_rate), **given))
+    return from_optimizer(
+        Adafactor(
+            _given(learning_rate), eps=(_given(eps[0]), _given(eps[1])), clip_threshold=_given(clip_threshold),
+            decay_rate=_given(decay_rate, -0.8), beta_1=_given(beta_1), weight_decay=_given(weight_decay),
+            scale_parameter=scale_parameter, warmup_init=warmup_init,
+        )
+    )  # fmt: skip
 
 
-def muon(learning_rate: Numeric, **hyperparameters: Any) -> Any:
+def muon(
+    learning_rate: Numeric,
+    momentum: Numeric = 0.95,
+    weight_decay: Numeric = 0.01,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+) -> Any:
     """Muon with the formula and the arguments of `gradstep.Muon`, for every parameter that it gets.
 
     Give what is no matrix to another rule: `optax.multi_transform`, or `from_optimizer` of a `MultiOptimizer`.
@@ -185,5 +205,13 @@ def muon(learning_rate: Numeric, **hyperparameters: Any) -> Any:
         >>> tx.update(jnp.ones((2, 3)), tx.init(params), params)[0].shape
         (2, 3)
     """
-    given = {name: _given(value) for name, value in hyperparameters.items()}
-    return from_optimizer(Muon(_given(learning_rate), **given))
+    if isinstance(ns_steps, jax.Array):
+        raise ArgumentTypeError(
+            'muon\'s ns_steps is configuration: optax.inject_hyperparams(muon, static_args="ns_steps") leaves it alone'
+        )
+    return from_optimizer(
+        Muon(
+            _given(learning_rate), momentum=_given(momentum), weight_decay=_given(weight_decay),
+            nesterov=nesterov, ns_steps=ns_steps,
+        )
+    )  # fmt: skip

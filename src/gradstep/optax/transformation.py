@@ -71,7 +71,7 @@ class _Transformation:
         self._optimizer = optimizer
         leaves = optimizer._leaves()  # pyright: ignore[reportPrivateUsage]
         self._clipped = optimizer.clip_norm is not None
-        programs = [leaf.program(ndim, clipped=self._clipped) for leaf in leaves for ndim in (0, 2)]
+        programs = [leaf.program(ndim, clipped=self._clipped) for leaf in leaves for ndim in (0, 1, 2)]
         self._slots = list(dict.fromkeys(slot for program in programs for slot in program.slots))
 
     def init(self, params: Any) -> RuleState:
@@ -134,17 +134,26 @@ class _Transformation:
 def _update(program: Program, w: Any, g: Any, old: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
     dtype = "float64" if w.dtype == "float64" else "float32"
     arrays = {"w": w, "g": g, **old}
-    scalars = DeviceScalars(jnp, known, tuple(w.shape)).of(program)
-    values = Evaluation(JAX, program, dtype, arrays, scalars)
+    scalars = DeviceScalars(jnp, known, tuple(w.shape))
+    values = Evaluation(JAX, program, dtype, arrays, scalars.of(program))
     new = values.outputs()
     result = program.outputs["w"]
     if result.op == "subtract":  # what is subtracted is the update; a difference of parameters would round it away
         kept, step = result.args
-        update = -values[step] if _is_w(kept) else (values[kept] - w.astype(dtype)) - values[step]
+        update = _growth(kept, values, scalars, w.astype(dtype)) - values[step]
     else:
         update = new["w"] - w.astype(dtype)
     del new["w"]
     return jnp.broadcast_to(update, w.shape).astype(w.dtype), new
+
+
+def _growth(kept: Any, values: Evaluation, scalars: DeviceScalars, w: Any) -> Any:
+    """`kept - w`, without a difference where `kept` is `w` or a multiple of it."""
+    if _is_w(kept):
+        return jnp.zeros_like(w)
+    if kept.op == "multiply" and _is_w(kept.args[0]) and kept.args[1].kind is Kind.HOST:
+        return w * scalars.less_one(kept.args[1])
+    return values[kept] - w
 
 
 def _is_w(symbol: Any) -> bool:

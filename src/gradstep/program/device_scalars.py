@@ -40,6 +40,10 @@ class DeviceScalars:
         """The scalars that the program's array operations take, by symbol index."""
         return {symbol.index: self[symbol] for symbol in program.scalars.outputs}
 
+    def less_one(self, symbol: Symbol) -> Any:
+        """The scalar minus 1; of `1 - x` it is `-x`, without rounding."""
+        return -self[symbol.args[1]] if _from_one(symbol) else self[symbol] - 1
+
     def __getitem__(self, symbol: Symbol) -> Any:
         if symbol.index not in self._values:
             self._values[symbol.index] = self._compute(symbol)

@@ -26,7 +26,7 @@ def schedule_on_device(functions: Any, schedule: Callable[[Any], Any], step: Any
     if isinstance(schedule, join_schedules):
         value = schedule_on_device(functions, schedule.schedules[0], step)
         for boundary, following in zip(schedule.boundaries, schedule.schedules[1:], strict=True):
-            later = schedule_on_device(functions, following, functions.maximum(step - boundary, 0))
+            later = schedule_on_device(functions, following, functions.maximum(step, boundary) - boundary)
             value = functions.where(step >= boundary, later, value)
         return value
     return schedule(step)

@@ -106,7 +106,7 @@ class RuleOptimizer(Declarative, Optimizer):
 
     def get_hyperparameter(self, name: str) -> Any:
         """The value of a hyperparameter as last resolved; the same as the attribute of that name."""
-        return self._leaf.settings.current(name)
+        return self._leaf.current(name)
 
     def set_hyperparameters(self, values: Mapping[str, object]) -> None:
         """Set several hyperparameters at once: checked together, schedules resolved now at the current step."""

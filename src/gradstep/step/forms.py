@@ -22,7 +22,7 @@ def make_slots(
             found[slot] = library.zeros(Form(shape, form.dtype, place))
             continue
         found[slot] = slots[slot]
-        _check_slot(library, name, slot, slots[slot], Form(shape, form.dtype, None))
+        _check_slot(library, name, slot, slots[slot], Form(shape, form.dtype, form.place))
     return found
 
 
@@ -34,10 +34,28 @@ def _check_slot(library: FunctionalLibrary, name: str, slot: str, array: Any, wa
             f"{library.name}; {remedy}"
         )
     form = library.describe(array, what)
+    here, there = library.devices(form), library.devices(wanted)
+    if here and there and here != there:
+        raise DeviceError(f"{what} is on {here}, but params[{name!r}] now is on {there}; {remedy}")
     if form.shape != wanted.shape:
         raise ShapeError(f"{what} has shape {form.shape}, but params[{name!r}] now needs {wanted.shape}; {remedy}")
     if form.dtype != wanted.dtype:
         raise DtypeError(f"{what} has dtype {form.dtype}, but params[{name!r}] now has {wanted.dtype}; {remedy}")
+
+
+def check_devices(library: FunctionalLibrary, forms: Mapping[str, Form]) -> None:
+    """Raise for parameters on different devices: one function updates all of them."""
+    first: tuple[str, object] | None = None
+    for name, form in forms.items():
+        devices = library.devices(form)
+        if not devices:
+            continue
+        first = first or (name, devices)
+        if devices != first[1]:
+            raise DeviceError(
+                f"params[{first[0]!r}] is on {first[1]}, but params[{name!r}] is on {devices}; one step takes "
+                "parameters on the same devices: bring them together, or use an optimizer for each"
+            )
 
 
 def check_gradient(library: FunctionalLibrary, name: str, gradient: Any, wanted: Form) -> None:

@@ -14,7 +14,7 @@ from gradstep.errors import AliasedParametersError, TracingError
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
-from gradstep.step.forms import check_gradient, make_slots
+from gradstep.step.forms import check_devices, check_gradient, make_slots
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
 from gradstep.step.scalars import ScalarTable
@@ -128,14 +128,16 @@ class FunctionalPlan:
         donating: bool,
     ) -> None:
         self.library = library
-        _refuse_tracing(library, [*params.values(), *grads.values()])
+        refuse_tracing(library, [*params.values(), *grads.values()])
         self.shares = [Share(leaf, names, library, params, clipped=clipped) for leaf, names in routes]
         self.names = [name for share in self.shares for name in share.names]
+        check_devices(library, {name: form for share in self.shares for name, form in share.forms.items()})
         for share in self.shares:
             for name in share.names:
                 check_gradient(library, name, grads[name], share.forms[name])
         self._batches: list[Batch] = []
         recipe = Recipe(tuple(self._tasks()), clipped, skipping)
+        self._donating = donating
         self._step = _compiled_step(library, recipe, donating)
         self.shown_slots: list[Any] = []
         self.shown_addresses: Integers = np.zeros(0, np.int64)
@@ -172,7 +174,14 @@ class FunctionalPlan:
         tables = [library.table(batch.table.values[batch.table.rows], batch.dtype) for batch in self._batches]
         one = library.number(1.0, "float32")
         scale, take = (look.scale, look.finite) if look else (one, one)
-        return self._step(parameters, slots, gradients, tables, scale, take)
+        if self._donating:
+            _refuse_donating_twice(parameters, slots, gradients)
+        try:
+            return self._step(parameters, slots, gradients, tables, scale, take)
+        except ValueError as error:  # two arrays on one buffer
+            if "donate" not in str(error):
+                raise
+            raise AliasedParametersError(DONATED_TWICE) from error
 
     def advance(self, slots: Sequence[Mapping[str, Any]], outcome: Outcome | None) -> None:
         """Let every optimizer adopt its new slots, and count the step."""
@@ -232,7 +241,8 @@ def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -
 
 def look_at(library: FunctionalLibrary, gradients: list[Any], max_norm: float | None) -> Look:
     """See `FunctionalPlan.look`."""
-    limit = library.number(math.inf if max_norm is None else max_norm, "float32")
+    wide = any("float64" in str(gradient.dtype) for gradient in gradients)
+    limit = library.number(math.inf if max_norm is None else max_norm, "float64" if wide else "float32")
     return Look(*_compiled_look(library)(gradients, limit))
 
 
@@ -264,12 +274,25 @@ def _look(library: FunctionalLibrary, gradients: list[Any], limit: Any) -> tuple
     return norm, finite, scale, each
 
 
-def _refuse_tracing(library: FunctionalLibrary, arrays: list[Any]) -> None:
+def refuse_tracing(library: FunctionalLibrary, arrays: list[Any]) -> None:
+    """Raise `TracingError` for arrays inside of a transformation."""
     if library.is_tracing(arrays):
         raise TracingError(
             f"these arrays stand for values inside a transformation of {library.name}, where the step counter would be "
             f"frozen; step outside of it, or use gradstep.{library.adapter} inside"
         )
+
+
+DONATED_TWICE = (
+    "a parameter or slot shares its memory with another one or with a gradient, so it cannot be donated; "
+    "pass copies, or donate=False"
+)
+
+
+def _refuse_donating_twice(parameters: list[Any], slots: list[dict[str, Any]], gradients: list[Any]) -> None:
+    arrays = [*parameters, *gradients, *(array for row in slots for array in row.values())]
+    if len(set(map(id, arrays))) < len(arrays) - len(gradients) + len(set(map(id, gradients))):
+        raise AliasedParametersError(DONATED_TWICE)
 
 
 def refuse_shared(named: Mapping[str, Any], written: Mapping[str, Any]) -> None:

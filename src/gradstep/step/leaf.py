@@ -63,6 +63,11 @@ class Leaf:
         """The value of each scalar hyperparameter for the step that is being taken."""
         return self.settings.upcoming(self._step_if_asked)
 
+    def current(self, name: str) -> Any:
+        """The value of a hyperparameter in the last step that was taken."""
+        self._awaited.settle()
+        return self.settings.current(name)
+
     def check_rounded(self, dtype: str) -> None:
         """Check the scalars as the compute dtype holds them."""
         self.settings.check_rounded(self._step_if_asked, dtype)

@@ -184,9 +184,16 @@ def refuse_overlap(library: MemoryLibrary, written: Mapping[str, Any], kept: Map
     What is kept may be anything: what the library cannot train is left out.
     """
     places = {f"params[{name!r}]": check_parameter(library, name, array) for name, array in written.items()}
-    others: dict[str, Memory] = {}
-    for name, array in kept.items():
-        with contextlib.suppress(GradstepError, AttributeError, TypeError):
-            others[f"params[{name!r}]"] = library.describe(array, name)
+    others = {f"params[{name!r}]": library.describe(array, name) for name, array in trainable(library, kept).items()}
     addresses = [np.array([m.address for m in some.values()], np.int64) for some in (places, others)]
     Extents(places, others, {}).check(*addresses)
+
+
+def trainable(library: MemoryLibrary, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arrays that the library could train."""
+    found: dict[str, Any] = {}
+    for name, array in arrays.items():
+        with contextlib.suppress(GradstepError, AttributeError, TypeError):
+            library.describe(array, name)
+            found[name] = array
+    return found

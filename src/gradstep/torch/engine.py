@@ -82,11 +82,12 @@ class Roster:
         owners = (i for i, group in enumerate(groups) for _ in group["params"])
         self.group_of = dict(zip(self.names, owners, strict=True))
         self.groups = Groups(family, groups, self.group_of)
+        self._sizes = _sizes(groups)
         self._named = list(zip(self.names, self.params, strict=True))
 
     def lists(self, groups: Sequence[Group]) -> bool:
         """Whether these are still the parameters of the groups."""
-        return len(groups) == self.groups.size and _same(_parameters(groups), self.params)
+        return _sizes(groups) == self._sizes and _same(_parameters(groups), self.params)
 
     def gradients(self) -> Gradients:
         """The gradients that there are, by name."""
@@ -249,6 +250,10 @@ def count_dtype() -> torch.dtype:
 
 def _parameters(groups: Iterable[Group]) -> list[Tensor]:
     return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def _sizes(groups: Iterable[Group]) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
 
 def _contents(dicts: list[dict[str, Any]]) -> list[Any]:

@@ -73,7 +73,8 @@ class Muon(TorchOptimizer):
     ```
 
     `adjustment` is `sqrt(max(1, rows / columns))`, or `0.2 * sqrt(max(rows, columns))` for "match_rms_adamw". Torch
-    iterates in bfloat16, which leaves the direction about 1% off; here it is computed in the parameter's precision.
+    iterates in bfloat16, which leaves the direction about 1% off; here products are float32, or float64 for
+    such parameters.
 
     Args:
         params: matrices, `(name, matrix)` pairs, or dicts of them with values of their own.
