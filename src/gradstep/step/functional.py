@@ -50,7 +50,7 @@ class Recipe:
         return hash(self.key)
 
 
-class Batch(NamedTuple):
+class FunctionalBatch(NamedTuple):
     """Parameters of one optimizer that share a program and dtype, and so a table of scalars."""
 
     leaf: Leaf
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     table: ScalarTable
 
 
-class Share:
+class FunctionalShare:
     """The gradients that one optimizer takes in this step, and the slots that they need."""
 
     def __init__(
@@ -129,13 +129,13 @@ class FunctionalPlan:
     ) -> None:
         self.library = library
         refuse_tracing(library, [*params.values(), *grads.values()])
-        self.shares = [Share(leaf, names, library, params, clipped=clipped) for leaf, names in routes]
+        self.shares = [FunctionalShare(leaf, names, library, params, clipped=clipped) for leaf, names in routes]
         self.names = [name for share in self.shares for name in share.names]
         check_devices(library, {name: form for share in self.shares for name, form in share.forms.items()})
         for share in self.shares:
             for name in share.names:
                 check_gradient(library, name, grads[name], share.forms[name])
-        self._batches: list[Batch] = []
+        self._batches: list[FunctionalBatch] = []
         recipe = Recipe(tuple(self._tasks()), clipped, skipping)
         self._donating = donating
         self._step = _compiled_step(library, recipe, donating)
@@ -204,7 +204,7 @@ class FunctionalPlan:
                 places |= {name: (len(self._batches), row) for row, name in enumerate(names)}
                 program, shapes = share.programs[names[0]], [share.forms[name].shape for name in names]
                 table = ScalarTable(share.leaf, program, dtype, names, shapes)
-                self._batches.append(Batch(share.leaf, dtype, table))
+                self._batches.append(FunctionalBatch(share.leaf, dtype, table))
             tasks += [Task(share.programs[name], share.forms[name], *places[name]) for name in share.names]
         return tasks
 
