@@ -182,6 +182,11 @@ def test_an_error_of_a_users_function_says_whose_it_is() -> None:
     assert "filters[0] for 'w'" in caught_too.value.__notes__[0]
 
 
+def test_a_module_is_no_learning_rate() -> None:
+    with pytest.raises(gs.ArgumentTypeError, match=r"AdamW's learning_rate .* got a module \(Linear\)"):
+        gs.AdamW(torch.nn.Linear(2, 1))  # type: ignore[arg-type]
+
+
 def test_an_mlx_module_is_told_to_give_its_parameters() -> None:
     import mlx.nn
 

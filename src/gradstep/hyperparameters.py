@@ -53,6 +53,11 @@ class Cell:
 
     def __init__(self, label: str, symbol: str, check: Check, value: object) -> None:
         self.label, self.symbol, self.check = label, symbol, check
+        if callable(getattr(value, "named_parameters", None)) or callable(getattr(value, "trainable_parameters", None)):
+            raise ArgumentTypeError(
+                f"{label} must be a number or a schedule, got a module ({type(value).__name__}); parameters are passed "
+                "to apply_gradients, or to the optimizers of gradstep.torch"
+            )
         try:
             self.source = LearningRate(cast("ScalarLike", value))
         except ArgumentTypeError:

@@ -54,7 +54,8 @@ def reject_module(tree: object, what: str) -> None:
         )
     if callable(getattr(tree, "trainable_parameters", None)):
         raise ArgumentTypeError(
-            f"{what} is a module ({type(tree).__name__}); pass model.trainable_parameters() instead"
+            f"{what} is a module ({type(tree).__name__}), whose arrays a step cannot replace; write "
+            "model.update(opt.apply_gradients(grads, model.trainable_parameters())), or use gradstep.mlx"
         )
 
 

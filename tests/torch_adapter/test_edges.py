@@ -439,3 +439,8 @@ def test_arguments_that_choose_torchs_implementation_are_accepted():
 def test_repr_is_torchs():
     w = torch.nn.Parameter(torch.ones(2))
     assert repr(gradstep.torch.AdamW([w])) == repr(torch.optim.AdamW([w]))
+
+
+def test_a_schedule_is_not_a_rate_here() -> None:
+    with pytest.raises(gs.ArgumentTypeError, match=r"AdamW's lr must be a number, .*lr_scheduler"):
+        gradstep.torch.AdamW([torch.nn.Parameter(torch.ones(1))], lr=gs.cosine_decay(0.1, 10))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias, overload
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from gradstep.errors import ConfigurationError, DtypeError, OutOfRangeError
+from gradstep.errors import ArgumentTypeError, ConfigurationError, DtypeError, OutOfRangeError
 from gradstep.torch.engine import Engine
 from gradstep.torch.groups import Group, TorchRule, plain
 
@@ -78,6 +78,12 @@ class TorchOptimizer(Optimizer):
                     f"{name} does not support {option}=True: {why}; leave it out, or use torch.optim's {name}"
                 )
         given = self.family.fields_of(group)
+        for argument, value in given.items():
+            if callable(value):
+                raise ArgumentTypeError(
+                    f"{name}'s {argument} must be a number, got {value!r}; rates are scheduled as in torch, by "
+                    "torch.optim.lr_scheduler, or with gradstep's own optimizers"
+                )
         self.family(**given)
         rate = plain(group["lr"], "lr")
         if rate < 0:
