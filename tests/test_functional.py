@@ -221,6 +221,16 @@ def test_a_step_of_mlx_evaluates_nothing() -> None:
     assert mx.get_active_memory() - before >= 3 * size
 
 
+def test_a_module_of_mlx_gets_its_arrays_back() -> None:
+    import mlx.nn
+
+    model, opt = mlx.nn.Linear(2, 1), gs.SGD(0.5)
+    before = np.array(model.weight)
+    grads = {"weight": mx.ones((1, 2)), "bias": mx.ones(1)}
+    model.update(opt.apply_gradients(grads, model.trainable_parameters()))
+    assert_same_bits(np.array(model.weight), before - np.float32(0.5))
+
+
 def test_no_rate_step_or_schedule_compiles_anew() -> None:
     opt = gs.AdamW(gs.cosine_decay(0.1, 50), bias_correction=True, clip_norm=1.0)
     params, grads = {"w": jnp.ones((3, 4), "float32")}, {"w": jnp.ones((3, 4), "float32")}

@@ -26,7 +26,7 @@ from gradstep.step.functional import FunctionalPlan, Look, refuse_shared, refuse
 from gradstep.step.inspection import Inspection, clip_scale
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
-from gradstep.step.overlap import refuse_overlap, trainable
+from gradstep.step.overlap import refuse_overlap
 from gradstep.step.plan import Plan, Share
 from gradstep.tree import entries_of, named_arrays
 
@@ -258,7 +258,9 @@ class Optimizer(ABC):
         if as_before is not None:
             return as_before
         named, wanted = named_arrays(params, "params"), named_arrays(grads, "grads")
-        return self._planned_before(wanted, named) or self._plan_anew(wanted, named)
+        if named is not params or wanted is not grads:
+            as_before = self._planned_before(wanted, named)
+        return as_before or self._plan_anew(wanted, named)
 
     def _planned_before(self, grads: object, params: object) -> Planned | None:
         """The last plan, if it was for such arrays under such names and its step succeeded."""
@@ -288,8 +290,7 @@ class Optimizer(ABC):
         kept: dict[str, Any] = {}
         if library.in_place is True:
             others = {name: array for name, array in named.items() if name not in chosen}
-            refuse_overlap(library, chosen, others)
-            kept = trainable(library, others)
+            kept = {name: others[name] for name in refuse_overlap(library, chosen, others)}
             shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
             plan = Plan(library, shares, chosen, wanted, clipped=clipped)
         else:

@@ -1,26 +1,13 @@
 """Scalar expressions where the step or a hyperparameter is itself an array, inside a compiled training step."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gradstep.program.graph import Symbol
+from gradstep.program.operators import OPERATORS
 from gradstep.program.program import Program
 from gradstep.program.scalars import FUNCTIONS
-
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "add": lambda x, y: x + y,
-    "subtract": lambda x, y: x - y,
-    "multiply": lambda x, y: x * y,
-    "divide": lambda x, y: x / y,
-    "power": lambda x, y: x**y,
-    "less": lambda x, y: x < y,
-    "less_equal": lambda x, y: x <= y,
-    "greater": lambda x, y: x > y,
-    "greater_equal": lambda x, y: x >= y,
-    "equal": lambda x, y: x == y,
-    "not_equal": lambda x, y: x != y,
-}
 
 
 class DeviceScalars:
@@ -67,8 +54,6 @@ class DeviceScalars:
             return -self._functions.expm1(exponent * self._log(base))  # 1 - 0.999**t loses its digits in float32
         if symbol.op in OPERATORS:
             return OPERATORS[symbol.op](*args)
-        if symbol.op == "negative":
-            return -args[0]
         return FUNCTIONS[symbol.op](*args) if plain else getattr(self._functions, symbol.op)(*args)
 
     def _log(self, x: Any) -> Any:

@@ -1,23 +1,12 @@
 """A program run on the operations of an array library, one after the other."""
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gradstep.arrays.library import FunctionalLibrary
 from gradstep.program.graph import REDUCTIONS, Kind, Symbol
+from gradstep.program.operators import OPERATORS
 from gradstep.program.program import Program
-
-
-def _divide(x: Any, y: Any) -> Any:
-    return x / y
-
-
-OPERATORS: dict[str, Callable[..., Any]] = {
-    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": _divide,
-    "negative": operator.neg, "less": operator.lt, "less_equal": operator.le, "greater": operator.gt,
-    "greater_equal": operator.ge, "equal": operator.eq, "not_equal": operator.ne,
-}  # fmt: skip
 
 
 class Evaluation:

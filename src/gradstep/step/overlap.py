@@ -178,22 +178,16 @@ def _clear() -> Any:
     return prototype(load_function("clear", CLEAR))
 
 
-def refuse_overlap(library: MemoryLibrary, written: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+def refuse_overlap(library: MemoryLibrary, written: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
     """Raise if parameters that are written overlap each other, or one that is to stay as it is.
 
-    What is kept may be anything: what the library cannot train is left out.
+    What is kept may be anything: what the library cannot train is left out. Returns the names of the rest.
     """
     places = {f"params[{name!r}]": check_parameter(library, name, array) for name, array in written.items()}
-    others = {f"params[{name!r}]": library.describe(array, name) for name, array in trainable(library, kept).items()}
-    addresses = [np.array([m.address for m in some.values()], np.int64) for some in (places, others)]
-    Extents(places, others, {}).check(*addresses)
-
-
-def trainable(library: MemoryLibrary, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arrays that the library could train."""
-    found: dict[str, Any] = {}
-    for name, array in arrays.items():
+    others: dict[str, Memory] = {}
+    for name, array in kept.items():
         with contextlib.suppress(GradstepError, AttributeError, TypeError):
-            library.describe(array, name)
-            found[name] = array
-    return found
+            others[name] = library.describe(array, name)
+    addresses = [np.array([m.address for m in some.values()], np.int64) for some in (places, others)]
+    Extents(places, {f"params[{name!r}]": memory for name, memory in others.items()}, {}).check(*addresses)
+    return list(others)

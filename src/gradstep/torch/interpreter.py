@@ -5,8 +5,8 @@ from typing import Any
 
 from gradstep.arrays.torch import TORCH
 from gradstep.program.graph import REDUCTIONS, Kind, Symbol
+from gradstep.program.operators import OPERATORS
 from gradstep.program.program import Program
-from gradstep.step.evaluate import OPERATORS
 
 Coefficients = tuple[float, float, float]
 
