@@ -6,12 +6,16 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from gradstep.arrays.library import MemoryLibrary, recognise
+from gradstep.arrays.library import FunctionalLibrary, MemoryLibrary, recognise
 from gradstep.arrays.memory import axis_order, element_strides, strides_in_order
 from gradstep.errors import OutOfRangeError
 from gradstep.learning_rate import to_float
+from gradstep.program.formats import compute_dtype
+from gradstep.step import forms
 from gradstep.step.functional import look_at, refuse_tracing
 from gradstep.step.inspection import Inspector, clip_scale, global_norm
+from gradstep.step.match import describe_floats
+from gradstep.step.small import widened
 from gradstep.tree import flatten
 
 Grads = TypeVar("Grads")
@@ -52,9 +56,9 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
         clipped = {name: _scaled(array, scale) for name, array in named.items()}
     else:
         refuse_tracing(library, list(named.values()))
-        forms = {name: library.describe(array, f"grads[{name!r}]") for name, array in named.items()}
+        dtypes = {name: forms.describe_floats(library, x, f"grads[{name!r}]").dtype for name, x in named.items()}
         look = look_at(library, list(named.values()), max_norm)
-        clipped = {name: array * library.cast(look.scale, forms[name].dtype) for name, array in named.items()}
+        clipped = {name: _scaled_anew(library, array, look.scale, dtypes[name]) for name, array in named.items()}
         norm = float(library.read(look.norm))
     return cast("Grads", _rebuild(grads, clipped, "")), norm
 
@@ -62,7 +66,7 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
 def _norm(library: MemoryLibrary, named: Mapping[str, object]) -> float:
     by_dtype: dict[str, list[np.ndarray[Any, Any]]] = {}
     for name, array in named.items():
-        memory = library.describe(array, f"grads[{name!r}]")
+        memory = describe_floats(library, array, f"grads[{name!r}]")
         view = library.as_numpy(array)
         dense = element_strides(memory) == strides_in_order(memory.shape, axis_order(memory))
         by_dtype.setdefault(memory.dtype, []).append(view if dense else view.copy())
@@ -70,14 +74,24 @@ def _norm(library: MemoryLibrary, named: Mapping[str, object]) -> float:
     for dtype, arrays in by_dtype.items():
         addresses = np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
         sums += Inspector(dtype, [array.size for array in arrays]).inspect(addresses)[0]
-    every = [array for arrays in by_dtype.values() for array in arrays]
-    return global_norm(sums, every, exact="float64" not in by_dtype)
+    if "float64" not in by_dtype:
+        return global_norm(sums, [], exact=True)
+    every = [widened(array, dtype, "float64") for dtype, arrays in by_dtype.items() for array in arrays]
+    return global_norm(sums, every, exact=False)
 
 
 def _scaled(array: Any, scale: float) -> Any:
     if hasattr(array, "detach"):
         return array.detach() * scale
-    return np.multiply(array, array.dtype.type(scale), out=np.empty_like(array, subok=False))
+    dtype = compute_dtype(array.dtype.name)
+    with np.errstate(all="ignore"):
+        scaled = np.asarray(array, dtype) * np.dtype(dtype).type(scale)
+        return np.asarray(scaled).astype(array.dtype, copy=False)
+
+
+def _scaled_anew(library: FunctionalLibrary, array: Any, scale: Any, dtype: str) -> Any:
+    wide = compute_dtype(dtype)
+    return library.cast(library.cast(array, wide) * library.cast(scale, wide), dtype)
 
 
 def _rebuild(tree: object, arrays: Mapping[str, Any], prefix: str) -> object:

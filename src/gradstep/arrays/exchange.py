@@ -6,7 +6,7 @@ small compiled loop calls it for each array and compares what it says with what 
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -255,16 +255,26 @@ class Exchange(NamedTuple):
 
 
 class ExchangeWatch:
-    """See `Watch`. `is_odd` looks for what the exchange table does not show, where there are no offsets."""
+    """See `Watch`.
 
-    def __init__(self, exchange: Exchange, arrays: Sequence[Any], is_odd: Callable[[list[Any]], bool]) -> None:
+    `codes` gives DLPack's codes of dtypes that are no plain floats. `is_odd` looks for what the exchange table does not
+    show, where there are no offsets.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        arrays: Sequence[Any],
+        codes: Mapping[Any, int],
+        is_odd: Callable[[list[Any]], bool],
+    ) -> None:
         self._describe, self._is_odd = exchange.describe, None if exchange.offsets else is_odd
         self._count = len(arrays)
         self._types: list[type[Any]] = list(map(type, arrays))
         records: list[list[int]] = []
         layouts: list[int] = []
         for array, kind in zip(arrays, self._types, strict=True):
-            dtype = 2 | 8 * array.element_size() << 8 | 1 << 16
+            dtype = codes.get(array.dtype, 2) | 8 * array.element_size() << 8 | 1 << 16
             records.append([array.ndim, dtype, len(layouts), array.numel(), id(kind)])
             layouts += [*array.shape, *array.stride()]
         self._records, self._layouts = np.array(records, np.int64), np.array(layouts, np.int64)

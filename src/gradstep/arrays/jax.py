@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from gradstep.arrays.library import Form
-from gradstep.arrays.memory import ITEMSIZES
+from gradstep.program.formats import BYTES
 from gradstep.errors import DtypeError
 from gradstep.program.newton_schulz import orthogonalized
 
@@ -52,8 +52,10 @@ class Jax:
     def describe(self, array: Any, what: str) -> Form:
         """See `FunctionalLibrary.describe`."""
         dtype = str(array.dtype)
-        if dtype not in ITEMSIZES:
-            raise DtypeError(f"{what} has dtype {dtype}; expected float32 or float64: .astype('float32') converts it")
+        if dtype not in BYTES:
+            raise DtypeError(
+                f"{what} has dtype {dtype}; expected float32, float64, bfloat16 or float16: .astype('float32') converts it"
+            )
         # An array that has not been put anywhere goes where it is needed.
         return Form(tuple(array.shape), dtype, array.sharding if array.committed else None)
 
@@ -81,6 +83,30 @@ class Jax:
     def cast(self, x: Any, dtype: str) -> Any:
         """See `FunctionalLibrary.cast`."""
         return x.astype(dtype)
+
+    def words(self, values: np.ndarray[Any, Any]) -> Any:
+        """See `FunctionalLibrary.words`."""
+        return values
+
+    def bits(self, x: Any) -> Any:
+        """See `FunctionalLibrary.bits`."""
+        return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+    def floats(self, x: Any) -> Any:
+        """See `FunctionalLibrary.floats`."""
+        return jax.lax.bitcast_convert_type(x, jnp.float32)
+
+    def word(self, value: int) -> Any:
+        """See `FunctionalLibrary.word`."""
+        return np.uint32(value)
+
+    def count(self, length: int) -> Any:
+        """See `FunctionalLibrary.count`."""
+        return jnp.arange(length, dtype=jnp.uint32)
+
+    def pad(self, x: Any, extra: int) -> Any:
+        """See `FunctionalLibrary.pad`."""
+        return jnp.pad(x, ((0, 0), (0, extra)))
 
     def largest(self, x: Any) -> Any:
         """See `FunctionalLibrary.largest`."""

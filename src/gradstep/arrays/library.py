@@ -82,7 +82,7 @@ class MemoryLibrary(Operations, Protocol):
         ...
 
     def as_numpy(self, array: Any) -> np.ndarray[Any, Any]:
-        """The same memory as a NumPy array."""
+        """The same memory as a NumPy array; floats of 16 bits as their bits."""
         ...
 
     def from_numpy(self, array: np.ndarray[Any, Any]) -> Any:
@@ -135,6 +135,30 @@ class FunctionalLibrary(Operations, Protocol):
 
     def cast(self, x: Any, dtype: str) -> Any:
         """The array in another dtype."""
+        ...
+
+    def words(self, values: np.ndarray[Any, Any]) -> Any:
+        """A table of 32-bit words as an array."""
+        ...
+
+    def bits(self, x: Any) -> Any:
+        """See `WordOperations.bits`."""
+        ...
+
+    def floats(self, x: Any) -> Any:
+        """See `WordOperations.floats`."""
+        ...
+
+    def word(self, value: int) -> Any:
+        """See `WordOperations.word`."""
+        ...
+
+    def count(self, length: int) -> Any:
+        """See `WordOperations.count`."""
+        ...
+
+    def pad(self, x: Any, extra: int) -> Any:
+        """See `WordOperations.pad`."""
         ...
 
     def largest(self, x: Any) -> Any:

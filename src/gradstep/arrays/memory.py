@@ -6,9 +6,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from gradstep.program.formats import BYTES, NARROW
+
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
-ITEMSIZES = {"float32": 4, "float64": 8}
+
+def bits_dtype(dtype: str) -> str:
+    """The dtype of NumPy that holds such elements as they are: 16-bit floats as their bits."""
+    return "uint16" if dtype in NARROW else dtype
 
 
 _borrow: Any = ctypes.c_char.from_buffer
@@ -31,7 +36,7 @@ class Memory(NamedTuple):
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return ITEMSIZES[self.dtype]
+        return BYTES[self.dtype]
 
     @property
     def size(self) -> int:
@@ -96,7 +101,7 @@ def as_array(memory: Memory) -> np.ndarray[Any, Any]:
             "data": (memory.address, True),
             "shape": memory.shape,
             "strides": memory.strides,
-            "typestr": f"<f{memory.itemsize}",
+            "typestr": f"<u{memory.itemsize}",
             "version": 3,
         }
 

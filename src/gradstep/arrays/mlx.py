@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from gradstep.arrays.library import Form
-from gradstep.arrays.memory import ITEMSIZES
+from gradstep.program.formats import BYTES
 from gradstep.errors import DtypeError
 from gradstep.program.newton_schulz import orthogonalized
 
@@ -59,8 +59,10 @@ class Mlx:
     def describe(self, array: Any, what: str) -> Form:
         """See `FunctionalLibrary.describe`."""
         dtype = str(array.dtype).removeprefix("mlx.core.")
-        if dtype not in ITEMSIZES:
-            raise DtypeError(f"{what} has dtype {dtype}; expected float32 or float64: .astype(mx.float32) converts it")
+        if dtype not in BYTES:
+            raise DtypeError(
+                f"{what} has dtype {dtype}; expected float32, float64, bfloat16 or float16: .astype(mx.float32) converts it"
+            )
         return Form(tuple(array.shape), dtype, None)
 
     def is_tracing(self, arrays: list[Any]) -> bool:
@@ -94,6 +96,30 @@ class Mlx:
     def cast(self, x: Any, dtype: str) -> Any:
         """See `FunctionalLibrary.cast`."""
         return x.astype(_dtype(dtype))
+
+    def words(self, values: np.ndarray[Any, Any]) -> Any:
+        """See `FunctionalLibrary.words`."""
+        return mx.array(values)
+
+    def bits(self, x: Any) -> Any:
+        """See `FunctionalLibrary.bits`."""
+        return x.view(mx.uint32)
+
+    def floats(self, x: Any) -> Any:
+        """See `FunctionalLibrary.floats`."""
+        return x.view(mx.float32)
+
+    def word(self, value: int) -> Any:
+        """See `FunctionalLibrary.word`."""
+        return mx.array(value, mx.uint32)
+
+    def count(self, length: int) -> Any:
+        """See `FunctionalLibrary.count`."""
+        return mx.arange(length, dtype=mx.uint32)
+
+    def pad(self, x: Any, extra: int) -> Any:
+        """See `FunctionalLibrary.pad`."""
+        return mx.pad(x, ((0, 0), (0, extra)))
 
     def largest(self, x: Any) -> Any:
         """See `FunctionalLibrary.largest`."""

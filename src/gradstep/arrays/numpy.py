@@ -8,8 +8,9 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from gradstep.arrays.library import OTHER, Found, found
-from gradstep.arrays.memory import ITEMSIZES, Memory
+from gradstep.arrays.memory import Memory, bits_dtype
 from gradstep.errors import ArgumentTypeError, DtypeError
+from gradstep.program.formats import BYTES
 from gradstep.program.blocks import sum_of_squares, sum_of_values
 from gradstep.program.newton_schulz import newton_schulz
 
@@ -61,9 +62,9 @@ class NumPy:
         """See `MemoryLibrary.describe`."""
         if isinstance(array, np.ma.MaskedArray):
             raise ArgumentTypeError(f"{what} is a masked array, and a step would ignore the mask; pass .filled()")
-        if array.dtype.name not in ITEMSIZES or not array.dtype.isnative:
+        if array.dtype.name not in BYTES or not array.dtype.isnative:
             raise DtypeError(
-                f"{what} has dtype {array.dtype}; expected float32 or float64 in native byte order: "
+                f"{what} has dtype {array.dtype}; expected float32, float64, bfloat16 or float16 in native byte order: "
                 "convert it with .astype(np.float32)"
             )
         return Memory(_address(array), array.shape, array.strides, array.dtype.name, array.flags.writeable)
@@ -74,12 +75,12 @@ class NumPy:
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Array:
         """See `MemoryLibrary.zeros`."""
-        array = np.zeros([shape[axis] for axis in order], dtype)
+        array = np.zeros([shape[axis] for axis in order], numpy_dtype(dtype))
         return array.transpose(np.argsort(order)) if len(order) else array
 
     def as_numpy(self, array: Array) -> Array:
         """See `MemoryLibrary.as_numpy`."""
-        return array.view(np.ndarray)
+        return array.view(bits_dtype(array.dtype.name), np.ndarray)
 
     def from_numpy(self, array: Array) -> Array:
         """See `MemoryLibrary.from_numpy`."""
@@ -87,6 +88,19 @@ class NumPy:
 
     def wrote(self, arrays: list[Array]) -> None:
         """NumPy keeps no record of writes."""
+
+
+def numpy_dtype(name: str) -> Any:
+    """The dtype of this name; bfloat16 is the package ml_dtypes'."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise DtypeError(
+            "NumPy arrays of bfloat16 need the package ml_dtypes: pip install ml_dtypes, or choose float16"
+        ) from None
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 class Watched:

@@ -10,14 +10,17 @@ import numpy as np
 
 from gradstep.arrays.exchange import Exchange, ExchangeWatch, describing_function
 from gradstep.arrays.library import MOVED, OTHER, STAYED, Found, found
-from gradstep.arrays.memory import ITEMSIZES, Memory
+from gradstep.arrays.memory import Memory
 from gradstep.arrays.numpy import NUMPY
 from gradstep.arrays.torch_offsets import find_offsets
+from gradstep.program.formats import BYTES
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, RuleError, TracingError
 from gradstep.program.newton_schulz import newton_schulz
 
 torch: Any = importlib.import_module("torch")
 _Tensor: Any = torch.Tensor
+NARROW = (torch.bfloat16, torch.float16)
+DLPACK_CODES = {torch.uint8: 1, torch.bfloat16: 4}  # all others are floats, 2
 
 
 class Torch:
@@ -78,8 +81,11 @@ class Torch:
         if array.device.type != "cpu":
             raise DeviceError(f"{what} is on {array.device}; gradstep steps on the CPU: move it with .cpu()")
         dtype = str(array.dtype).removeprefix("torch.")
-        if dtype not in ITEMSIZES:
-            raise DtypeError(f"{what} has dtype {array.dtype}; expected float32 or float64: convert it with .float()")
+        if dtype not in BYTES:
+            raise DtypeError(
+                f"{what} has dtype {array.dtype}; expected float32, float64, bfloat16 or float16: "
+                "convert it with .float()"
+            )
         if array.is_neg() or array.is_conj():
             raise ArgumentTypeError(f"{what} is a lazily negated view; materialise it with .resolve_neg()")
         if hasattr(array, "fake_mode"):
@@ -90,13 +96,13 @@ class Torch:
             raise TracingError(_without_memory(what, array)) from error
         if address == 0 and array.numel():
             raise TracingError(_without_memory(what, array))
-        itemsize = ITEMSIZES[dtype]
+        itemsize = BYTES[dtype]
         return Memory(address, tuple(array.shape), tuple(stride * itemsize for stride in array.stride()), dtype)
 
     def watch(self, arrays: list[Any]) -> "ExchangeWatch | Watched":
         """See `MemoryLibrary.watch`."""
         exchange = _exchange()
-        return ExchangeWatch(exchange, arrays, _any_negated) if exchange else Watched(arrays)
+        return ExchangeWatch(exchange, arrays, DLPACK_CODES, _any_negated) if exchange else Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Any:
         """See `MemoryLibrary.zeros`."""
@@ -105,7 +111,8 @@ class Torch:
 
     def as_numpy(self, array: Any) -> np.ndarray[Any, Any]:
         """See `MemoryLibrary.as_numpy`."""
-        return cast("np.ndarray[Any, Any]", array.detach().numpy())
+        tensor = array.detach()
+        return cast("np.ndarray[Any, Any]", (tensor.view(torch.uint16) if tensor.dtype in NARROW else tensor).numpy())
 
     def from_numpy(self, array: np.ndarray[Any, Any]) -> Any:
         """See `MemoryLibrary.from_numpy`."""
@@ -141,7 +148,7 @@ def _exchange() -> Exchange | None:
         return None
     probe = torch.zeros((2, 3), device="cpu").t()
     for exchange in (Exchange(describe, find_offsets()), Exchange(describe, None)):
-        watch = ExchangeWatch(exchange, [probe], _any_negated)
+        watch = ExchangeWatch(exchange, [probe], DLPACK_CODES, _any_negated)
         seen = [watch.locate([tensor]) for tensor in (probe, probe, torch._neg_view(probe))]
         if seen == [MOVED, STAYED, OTHER] and watch.addresses.tolist() == [probe.data_ptr()]:
             return exchange

@@ -25,7 +25,7 @@ from gradstep.program.device_schedules import schedule_on_device
 from gradstep.program.program import Program
 from gradstep.rules.base import RuleOptimizer
 from gradstep.step.evaluate import Evaluation
-from gradstep.step.match import slot_shape
+from gradstep.step.storage import slot_shape
 
 Rate: TypeAlias = SupportsFloat | mx.array | LearningRate | Callable[[Any], Any]
 """A number, an array without dimensions, or a schedule: MLX's, gradstep's, or a function of the step, an array."""

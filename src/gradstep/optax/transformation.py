@@ -14,7 +14,7 @@ from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
 from gradstep.step.functional import inspect_gradients
 from gradstep.step.leaf import Leaf
-from gradstep.step.match import slot_shape
+from gradstep.step.storage import slot_shape
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")

@@ -2,27 +2,30 @@
 
 The function takes one pointer to a job, 64-bit fields: chunks, their count, how many of them to grab at once, the
 shared counter, addresses (operand by tensor), the number of tensors, each tensor's row of scalars, the scalars
-(float64), dimensions. A chunk is three integers: tensor, first and length, in elements (flat) or in blocks of `ROWS`
+(float64), dimensions, each tensor's key, and the step's. A chunk is three integers: tensor, first and length, in elements (flat) or in blocks of `ROWS`
 rows (factored).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gradstep.program.blocks import BLOCK, LANES
+from gradstep.program.formats import BYTES, NARROW, QUANTUM, Format, codes_of, master_of, scales_of
 from gradstep.program.graph import Kind, Symbol
+from gradstep.program.narrow import decode, encode, narrow, scale_of, widen
+from gradstep.program.noise import GOLDEN32, emit_mix, emit_noise, name_key, signed
 from gradstep.program.program import Program, Sweep, dense_places, place_of, small_inputs
-from gradstep.program.values import BYTES, TYPES, Code, Values, splat, vector
+from gradstep.program.values import TYPES, Code, Values, splat, vector
 
 ROWS = 64
 AHEAD = 2048  # bytes; without prefetching, every page of 4 KiB begins with a wait
 LINE = 64
-FIELDS = ("chunks", "count", "grain", "next", "addresses", "tensors", "rows", "scalars", "dimensions")
+FIELDS = ("chunks", "count", "grain", "next", "addresses", "tensors", "rows", "scalars", "dimensions", "keys", "stamp")
 
 
 @dataclass(frozen=True)
 class Operand:
-    """An array of the sweep: dense, small, or the sums that a reduction leaves behind."""
+    """An array of the sweep: dense, small, the scales of codes, or the sums that a reduction leaves behind."""
 
     place: str
     kind: Kind
@@ -38,9 +41,9 @@ class KernelSource:
     operands: tuple[Operand, ...]
 
 
-def emit(program: Program, sweep: Sweep, dtype: str, storage: Mapping[str, str]) -> KernelSource:
-    """The kernel of `sweep` in the compute dtype; `storage` gives the dtype of each dense array where it differs."""
-    emitter = _Emitter(program, sweep, dtype, storage)
+def emit(program: Program, sweep: Sweep, dtype: str, formats: Mapping[str, Format]) -> KernelSource:
+    """The kernel of `sweep` in the compute dtype; `formats` tells how dense arrays are stored that differ from it."""
+    emitter = _Emitter(program, sweep, dtype, formats)
     return KernelSource(emitter.function(), tuple(emitter.operands))
 
 
@@ -54,12 +57,14 @@ class _Emitter:
     program: Program
     sweep: Sweep
     dtype: str
-    storage: Mapping[str, str]
+    formats: Mapping[str, Format]
     code: Code = field(default_factory=Code)
 
     def __post_init__(self) -> None:
+        dense = dense_places([self.sweep])
+        self.formats = {place: self.formats.get(place, Format(self.dtype)) for place in dense}
         self.operands = [
-            *(Operand(p, Kind.FULL, self.storage.get(p, self.dtype)) for p in dense_places([self.sweep])),
+            *(self._operand(place, *part) for place in dense for part in self.formats[place].parts(place).items()),
             *(Operand(place_of(source), source.kind, self.dtype) for source in small_inputs(self.sweep)),
             *(sum_operand(reduction) for reduction in self.sweep.reductions),
         ]
@@ -73,16 +78,31 @@ class _Emitter:
         self.totals = [r for r in self.sweep.reductions if r.kind is Kind.WHOLE]
         self.row_sums = [r for r in self.sweep.reductions if r.kind is Kind.ROW]
         self.column_sums = [r for r in self.sweep.reductions if r.kind is Kind.COLUMN]
+        self.written = {store.place: self.formats[store.place] for store in self.sweep.stores}
+        self.coded = [place for place, kept in self.formats.items() if kept.coded]
+        self.encoded = [place for place in self.coded if place in self.written]
+        self.rounded = [place for place, kept in self.written.items() if kept.stochastic]
+        self.keys: dict[str, tuple[str, str]] = {}
+        self.scales: dict[str, str] = {}
+        self.block_start = ""
+
+    def _operand(self, place: str, part: str, dtype: str) -> Operand:
+        return Operand(part, Kind.LEAD if part == scales_of(place) else Kind.FULL, dtype)
 
     def function(self) -> str:
         code = self.code
         fields = [code.let(f"getelementptr i64, ptr %job, i64 {i}") for i in range(len(FIELDS))]
-        kinds = {"count": "i64", "grain": "i64", "tensors": "i64"}
+        kinds = {"count": "i64", "grain": "i64", "tensors": "i64", "stamp": "i64"}
         for name, place in zip(FIELDS, fields, strict=True):
             code.do(f"%{name} = load {kinds.get(name, 'ptr')}, ptr {place}")
         for reduction in self.sweep.reductions:
             code.do(f"%lanes{reduction.index} = alloca [{LANES} x double], align 64")
             code.do(f"%total{reduction.index} = alloca double")
+        for place in self.encoded:
+            number = self.coded.index(place)
+            code.do(f"%new{number} = alloca [{QUANTUM} x float], align 64")
+            code.do(f"%largest{number} = alloca <{self.lanes} x i32>, align 64")
+            code.do(f"%largest.rest{number} = alloca i32")
         code.do("%mode = call i64 @ieee_mode()")
         code.do("br label %grab")
         code.label("grab")
@@ -115,6 +135,7 @@ class _Emitter:
             place = code.let(f"add i64 {record}, {offset}")
             code.do(f"%{name} = load i64, ptr {code.let(f'getelementptr i64, ptr %chunks, i64 {place}')}")
         self._load_scalars()
+        self._load_keys()
         self.bases = [self._base(number, "%tensor") for number in range(len(self.operands))]
         self._load_small(Kind.WHOLE, "0")
         if self.program.factored:
@@ -123,7 +144,8 @@ class _Emitter:
             end = code.let("add i64 %first, %length")
             self._measure_leaps(end)
             self._clear_lanes()
-            self._elements("", "%first", end, {})
+            quantum = code.let(f"lshr i64 %first, {QUANTUM.bit_length() - 1}")
+            self._elements("", "%first", end, {}, quantum)
             block = code.let(f"lshr i64 %first, {BLOCK.bit_length() - 1}")
             for reduction in self.totals:
                 self._put(reduction, block, self._fold(reduction))
@@ -145,7 +167,7 @@ class _Emitter:
         tensor = code.let(f"load i64, ptr {place}")
         first = code.let(f"load i64, ptr {code.let(f'getelementptr i64, ptr {place}, i64 1')}")
         for number, operand in enumerate(self.operands):
-            if operand.kind is Kind.FULL and not operand.sums:
+            if operand.kind is Kind.FULL and not operand.sums:  # scales are few
                 element = TYPES[operand.dtype]
                 to = code.let(f"getelementptr {element}, ptr {self._base(number, tensor)}, i64 {first}")
                 here = code.let(f"ptrtoint ptr {self._address(number, end)} to i64")
@@ -170,6 +192,7 @@ class _Emitter:
         code.do("%row.end = add i64 %row.first, %rows.here")
         code.do("%columns.at = mul i64 %lead, %width")
         code.do("%sums.at = mul i64 %b, %width")
+        code.do(f"%quanta = udiv i64 {code.let(f'add i64 %width, {QUANTUM - 1}')}, {QUANTUM}")
         self._load_small(Kind.LEAD, "%lead")
         for reduction in self.totals:
             code.do(f"store double 0.0, ptr %total{reduction.index}")
@@ -187,7 +210,8 @@ class _Emitter:
         to_column = code.let(f"sub i64 %columns.at, {start}")
         to_sum = code.let(f"sub i64 %sums.at, {start}")
         self._clear_lanes()
-        self._elements("row.", start, end, {Kind.COLUMN: to_column, Kind.FULL: to_sum})
+        quantum = code.let("mul i64 %r, %quanta")  # blocks of codes begin anew at each row
+        self._elements("row.", start, end, {Kind.COLUMN: to_column, Kind.FULL: to_sum}, quantum)
         for reduction in self.row_sums:
             self._put(reduction, "%r", self._fold(reduction))
         for reduction in self.totals:
@@ -206,11 +230,82 @@ class _Emitter:
         more = code.let("icmp slt i64 %b.next, %end")
         code.do(f"br i1 {more}, label %block, label %chunk.end")
 
-    def _elements(self, prefix: str, start: str, end: str, shifts: Mapping[Kind, str]) -> None:
-        """Loop over elements `start` to `end` in vectors, then one by one.
+    def _elements(self, prefix: str, start: str, end: str, shifts: Mapping[Kind, str], quantum: str) -> None:
+        """Loop over elements `start` to `end`, in blocks where there are codes; `quantum` is the number of the first.
 
         `shifts` leads from an element's index to that of its column's values, and of its column's sums.
         """
+        if not self.coded:
+            self._loop(prefix, start, end, lambda *at: self._position(*at, shifts))
+            return
+        code = self.code
+        code.do(f"br label %{prefix}quanta")
+        code.label(f"{prefix}quanta")
+        code.do(f"br label %{prefix}quantum")
+        code.label(f"{prefix}quantum")
+        first = self.block_start = f"%{prefix}q"
+        code.do(f"{first} = phi i64 [ {start}, %{prefix}quanta ], [ {first}.next, %{prefix}quantum.end ]")
+        code.do(f"{first}.next = add i64 {first}, {QUANTUM}")
+        whole = code.let(f"icmp slt i64 {first}.next, {end}")
+        last = code.let(f"select i1 {whole}, i64 {first}.next, i64 {end}")
+        passed = code.let(f"lshr i64 {code.let(f'sub i64 {first}, {start}')}, {QUANTUM.bit_length() - 1}")
+        at = code.let(f"add i64 {quantum}, {passed}")
+        self._begin_quantum(at)
+        self._loop(prefix, first, last, lambda *at: self._position(*at, shifts))
+        self._encode(prefix, first, last, at)
+        code.do(f"br label %{prefix}quantum.end")
+        code.label(f"{prefix}quantum.end")
+        code.do(f"br i1 {whole}, label %{prefix}quantum, label %{prefix}quanta.end")
+        code.label(f"{prefix}quanta.end")
+
+    def _begin_quantum(self, at: str) -> None:
+        """Load the scales of a block, and forget the largest magnitudes of the one before."""
+        for place in self.coded:
+            address = self._address(self.places[scales_of(place), False], at)
+            self.scales[place] = self.code.let(f"load float, ptr {address}, align 1")
+        for place in self.encoded:
+            number = self.coded.index(place)
+            self.code.do(f"store <{self.lanes} x i32> zeroinitializer, ptr %largest{number}, align 64")
+            self.code.do(f"store i32 0, ptr %largest.rest{number}")
+
+    def _encode(self, prefix: str, first: str, last: str, at: str) -> None:
+        """Turn the new values of a block into codes, once its largest magnitudes are known."""
+        inverses: dict[str, str] = {}
+        for place in self.encoded:
+            scale, inverses[place] = scale_of(self.code, self._largest(self.coded.index(place)))
+            address = self._address(self.places[scales_of(place), False], at)
+            self.code.do(f"store float {scale}, ptr {address}, align 1")
+
+        def position(index: str, lanes: int, lane: str) -> None:
+            for place in self.encoded:
+                value = self.code.let(
+                    f"load {vector('float', lanes)}, ptr {self._new(place, index)}, align 4"
+                )
+                noise = self._noise(place, index, lanes)
+                codes = encode(self.code, self.formats[place].sign, value, inverses[place], noise, lanes)
+                target = self._address(self.places[codes_of(place), False], index)
+                self.code.do(f"store {vector('i8', lanes)} {codes}, ptr {target}, align 1")
+
+        if self.encoded:
+            self._loop(f"{prefix}encode.", first, last, position)
+
+    def _largest(self, number: int) -> str:
+        """The bits of the largest magnitude of the block."""
+        code, kind = self.code, f"<{self.lanes} x i32>"
+        name = f"llvm.vector.reduce.umax.v{self.lanes}i32"
+        code.declarations.add(f"declare i32 @{name}({kind})")
+        lanes = code.let(f"load {kind}, ptr %largest{number}, align 64")
+        most = code.let(f"call i32 @{name}({kind} {lanes})")
+        rest = code.let(f"load i32, ptr %largest.rest{number}")
+        return code.let(f"select i1 {code.let(f'icmp ugt i32 {most}, {rest}')}, i32 {most}, i32 {rest}")
+
+    def _new(self, place: str, index: str) -> str:
+        """Where the block's new values wait to be encoded."""
+        offset = self.code.let(f"sub i64 {index}, {self.block_start}")
+        return self.code.let(f"getelementptr float, ptr %new{self.coded.index(place)}, i64 {offset}")
+
+    def _loop(self, prefix: str, start: str, end: str, body: Callable[[str, int, str], None]) -> None:
+        """Loop over elements `start` to `end` in vectors, then one by one."""
         code, lanes = self.code, self.lanes
         code.do(f"br label %{prefix}enter")
         code.label(f"{prefix}enter")
@@ -222,7 +317,7 @@ class _Emitter:
         code.label(f"{prefix}vector")
         i = f"%{prefix}i"
         code.do(f"{i} = phi i64 [ {start}, %{prefix}enter ], [ {i}.next, %{prefix}vector ]")
-        self._position(i, lanes, "0", shifts)
+        body(i, lanes, "0")
         code.do(f"{i}.next = add i64 {i}, {lanes}")
         more = code.let(f"icmp slt i64 {i}.next, {middle}")
         code.do(f"br i1 {more}, label %{prefix}vector, label %{prefix}rest")
@@ -232,7 +327,7 @@ class _Emitter:
         code.label(f"{prefix}single")
         j = f"%{prefix}j"
         code.do(f"{j} = phi i64 [ {middle}, %{prefix}rest ], [ {j}.next, %{prefix}single ]")
-        self._position(j, 1, code.let(f"sub i64 {j}, {middle}"), shifts)
+        body(j, 1, code.let(f"sub i64 {j}, {middle}"))
         code.do(f"{j}.next = add i64 {j}, 1")
         more = code.let(f"icmp slt i64 {j}.next, {end}")
         code.do(f"br i1 {more}, label %{prefix}single, label %{prefix}done.elements")
@@ -248,9 +343,8 @@ class _Emitter:
                     self._prefetch(place_of(source), index, lanes)
                 known[source.index] = self._load(place_of(source), index, lanes)
             elif source.kind is Kind.COLUMN:
-                known[source.index] = self._load(
-                    place_of(source), code.let(f"add i64 {index}, {shifts[source.kind]}"), lanes
-                )
+                at = code.let(f"add i64 {index}, {shifts[source.kind]}")
+                known[source.index] = self._read(place_of(source), at, lanes)
         values = Values(code, self.dtype, lanes, known)
         for symbol in self.sweep.body:
             _ = values[symbol]
@@ -306,10 +400,50 @@ class _Emitter:
                 value = code.let(f"fptrunc double {value} to {TYPES[self.dtype]}")
             self._know(source, value)
 
+    def _load_keys(self) -> None:
+        """What the noise of each array that is rounded at random begins with, for this tensor and step."""
+        code = self.code
+        if not self.rounded:
+            return
+        key = code.let(f"load i64, ptr {code.let('getelementptr i64, ptr %keys, i64 %tensor')}")
+        key = code.let(f"xor i64 {key}, %stamp")
+        far = code.let(f"mul i64 {code.let('lshr i64 %first, 32')}, {GOLDEN32}")
+        for place in self.rounded:
+            mixed = emit_mix(code, code.let(f"xor i64 {key}, {signed(name_key(place))}"))
+            low = code.let(f"trunc i64 {mixed} to i32")
+            high = code.let(f"trunc i64 {code.let(f'lshr i64 {mixed}, 32')} to i32")
+            if not self.program.factored:  # a chunk lies between two multiples of 2**32
+                high = code.let(f"add i32 {high}, {code.let(f'trunc i64 {far} to i32')}")
+            self.keys[place] = low, high
+
+    def _noise(self, place: str, index: str, lanes: int) -> str | None:
+        """Random words for elements from `index` on; None where rounding is to nearest."""
+        if place not in self.keys:
+            return None
+        code, (low, high) = self.code, self.keys[place]
+        words = vector("i32", lanes)
+        low, high = splat(code, "i32", low, lanes), splat(code, "i32", high, lanes)
+        if lanes > 1:
+            steps = ", ".join(f"i32 {lane}" for lane in range(lanes))
+            low = code.let(f"add {words} {low}, <{steps}>")
+        if self.program.factored:  # rows may lie across a multiple of 2**32
+            wide = vector("i64", lanes)
+            at = splat(code, "i64", index, lanes)
+            if lanes > 1:
+                at = code.let(f"add {wide} {at}, <{', '.join(f'i64 {lane}' for lane in range(lanes))}>")
+            far = code.let(f"lshr {wide} {at}, {splat(code, 'i64', '32', lanes)}")
+            far = code.let(f"trunc {wide} {far} to {words}")
+            high = code.let(f"add {words} {high}, {code.let(f'mul {words} {far}, {self._word(GOLDEN32, lanes)}')}")
+        near = splat(code, "i32", code.let(f"trunc i64 {index} to i32"), lanes)
+        return emit_noise(code, code.let(f"add {words} {low}, {near}"), high, lanes)
+
+    def _word(self, value: int, lanes: int) -> str:
+        return splat(self.code, "i32", str(value - (value >> 31 << 32)), lanes)
+
     def _load_small(self, kind: Kind, index: str) -> None:
         for source in small_inputs(self.sweep):
             if source.kind is kind:
-                self._know(source, self._load(place_of(source), index, 1))
+                self._know(source, self._read(place_of(source), index, 1))
 
     def _know(self, source: Symbol, value: str) -> None:
         for lanes, known in self.known.items():
@@ -321,32 +455,87 @@ class _Emitter:
 
     def _prefetch(self, place: str, index: str, lanes: int) -> None:
         """Fetch what the loop will read soon, beyond the end of a chunk the beginning of the next one."""
-        number, code = self.places[place, False], self.code
-        size = BYTES[self.operands[number].dtype]
+        code = self.code
         code.declarations.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-        start = self._address(number, index)
-        if number in self.leaps:
-            ahead = code.let(f"add i64 {index}, {AHEAD // size}")
-            over = code.let(f"icmp sge i64 {ahead}, {self.chunk_end}")
-            leap = code.let(f"select i1 {over}, i64 {self.leaps[number]}, i64 0")
-            start = code.let(f"getelementptr i8, ptr {start}, i64 {leap}")
-        for line in range(0, size * lanes, LINE):
-            at = code.let(f"getelementptr i8, ptr {start}, i64 {AHEAD + line}")
-            code.do(f"call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)")
+        for part, dtype in self.formats[place].parts(place).items():
+            number, size = self.places[part, False], BYTES[dtype]
+            if self.operands[number].kind is not Kind.FULL:
+                continue
+            start = self._address(number, index)
+            if number in self.leaps:
+                ahead = code.let(f"add i64 {index}, {AHEAD // size}")
+                over = code.let(f"icmp sge i64 {ahead}, {self.chunk_end}")
+                leap = code.let(f"select i1 {over}, i64 {self.leaps[number]}, i64 0")
+                start = code.let(f"getelementptr i8, ptr {start}, i64 {leap}")
+            for line in range(0, size * lanes, LINE):
+                at = code.let(f"getelementptr i8, ptr {start}, i64 {AHEAD + line}")
+                code.do(f"call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)")
 
     def _load(self, place: str, index: str, lanes: int) -> str:
-        number = self.places[place, False]
-        stored = self.operands[number].dtype
-        kind = vector(TYPES[stored], lanes)
-        # Arrays of the user may lie at any address: align 1 costs nothing where the hardware can.
-        value = self.code.let(f"load {kind}, ptr {self._address(number, index)}, align 1")
-        return self._convert(value, stored, self.dtype, lanes)
+        """The value of an array at a position, in the compute dtype."""
+        kept = self.formats[place]
+        if kept.coded:
+            codes = self._read(codes_of(place), index, lanes)
+            value = decode(self.code, kept.sign, codes, self.scales[place], lanes)
+            return self._convert(value, "float32", self.dtype, lanes)
+        stored = self._read(place, index, lanes)
+        if not kept.master:
+            return self._from_stored(stored, kept.dtype, lanes)
+        # A parameter that somebody else has written no longer is what its copy rounds to; then it counts itself.
+        master = self._read(master_of(place), index, lanes)
+        same = self.code.let(
+            f"icmp eq {vector('i16', lanes)} {narrow(self.code, kept.dtype, master, None, lanes)}, {stored}"
+        )
+        widened = widen(self.code, kept.dtype, stored, lanes)
+        return self.code.let(
+            f"select {vector('i1', lanes)} {same}, {vector('float', lanes)} {master}, "
+            f"{vector('float', lanes)} {widened}"
+        )
 
     def _store(self, place: str, index: str, value: str, lanes: int) -> None:
-        number = self.places[place, False]
-        stored = self.operands[number].dtype
-        value = self._convert(value, self.dtype, stored, lanes)
-        self.code.do(f"store {vector(TYPES[stored], lanes)} {value}, ptr {self._address(number, index)}, align 1")
+        kept = self.formats[place]
+        if kept.coded:
+            self._put_off(place, index, self._convert(value, self.dtype, "float32", lanes), lanes)
+            return
+        if kept.master:
+            self._write(master_of(place), index, value, lanes)
+        noise = self._noise(place, index, lanes)
+        self._write(place, index, self._to_stored(value, kept.dtype, noise, lanes), lanes)
+
+    def _put_off(self, place: str, index: str, value: str, lanes: int) -> None:
+        """Keep a new value until its block's largest magnitude is known."""
+        code, number = self.code, self.coded.index(place)
+        kind, words = vector("float", lanes), vector("i32", lanes)
+        code.do(f"store {kind} {value}, ptr {self._new(place, index)}, align 4")
+        mask = splat(code, "i32", str(0x7FFFFFFF), lanes)
+        size = code.let(f"and {words} {code.let(f'bitcast {kind} {value} to {words}')}, {mask}")
+        target = f"%largest{number}" if lanes > 1 else f"%largest.rest{number}"
+        old = code.let(f"load {words}, ptr {target}")
+        larger = code.let(f"icmp ugt {words} {size}, {old}")
+        new = code.let(f"select {vector('i1', lanes)} {larger}, {words} {size}, {words} {old}")
+        code.do(f"store {words} {new}, ptr {target}")
+
+    def _read(self, part: str, index: str, lanes: int) -> str:
+        """An array's elements as they are stored."""
+        number = self.places[part, False]
+        kind = vector(TYPES[self.operands[number].dtype], lanes)
+        # Arrays of the user may lie at any address: align 1 costs nothing where the hardware can.
+        return self.code.let(f"load {kind}, ptr {self._address(number, index)}, align 1")
+
+    def _write(self, part: str, index: str, value: str, lanes: int) -> None:
+        number = self.places[part, False]
+        kind = vector(TYPES[self.operands[number].dtype], lanes)
+        self.code.do(f"store {kind} {value}, ptr {self._address(number, index)}, align 1")
+
+    def _from_stored(self, value: str, dtype: str, lanes: int) -> str:
+        if dtype in NARROW:
+            value, dtype = widen(self.code, dtype, value, lanes), "float32"
+        return self._convert(value, dtype, self.dtype, lanes)
+
+    def _to_stored(self, value: str, dtype: str, noise: str | None, lanes: int) -> str:
+        if dtype in NARROW:
+            return narrow(self.code, dtype, self._convert(value, self.dtype, "float32", lanes), noise, lanes)
+        return self._convert(value, self.dtype, dtype, lanes)
 
     def _convert(self, value: str, source: str, target: str, lanes: int) -> str:
         if source == target:

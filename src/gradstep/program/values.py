@@ -8,10 +8,10 @@ from itertools import count
 import numpy as np
 
 from gradstep.errors import NonFiniteScalarError
+from gradstep.program.formats import BYTES
 from gradstep.program.graph import Kind, Symbol
 
-TYPES = {"float32": "float", "float64": "double"}
-BYTES = {"float32": 4, "float64": 8}
+TYPES = {"float32": "float", "float64": "double", "bfloat16": "i16", "float16": "i16", "uint8": "i8"}
 ARITHMETIC = {"add": "fadd", "subtract": "fsub", "multiply": "fmul", "divide": "fdiv"}
 PREDICATES = {
     "less": "olt", "less_equal": "ole", "greater": "ogt", "greater_equal": "oge", "equal": "oeq", "not_equal": "une",

@@ -37,11 +37,21 @@ from gradstep.options import (
     donate_option,
     nonfinite_option,
 )
+from gradstep.program.formats import Sign
 from gradstep.program.graph import Kind
 from gradstep.settings import Settings
 from gradstep.state import StateView
-from gradstep.step.leaf import Leaf
+from gradstep.step.leaf import Leaf, rule_arguments
 from gradstep.step.outcome import Outcome
+from gradstep.step.storage import Rounding, SlotDtypes, Storage, StorageOptions
+from gradstep.storage_options import (
+    STORAGE_DEFAULTS,
+    Fixed,
+    master_weights_option,
+    rounding_option,
+    seed_option,
+    slot_dtype_option,
+)
 
 __all__ = [
     "DECAY", "FINITE", "NON_NEGATIVE", "NON_POSITIVE", "POSITIVE",
@@ -54,6 +64,7 @@ __all__ = [
     kw_only_default=True,
     field_specifiers=(
         scalar, optional_scalar, pair, flag, optional_flag, count, clip_norm_option, nonfinite_option, donate_option,
+        slot_dtype_option, rounding_option, master_weights_option, seed_option,
     ),
 )  # fmt: skip
 class Declarative:
@@ -65,14 +76,20 @@ class RuleOptimizer(Declarative, Optimizer):
 
     The rule's positional arguments are `w`, `g` and the slots; its keyword-only ones are the fields, and `t`, the
     parameter's own step count, if it wants it. It returns the new `w` and the new slots, `None` for a slot that
-    the configuration does not keep. Slots have the shape of `w` unless `slot_kinds` says otherwise.
+    the configuration does not keep. Slots have the shape of `w` unless `slot_kinds` says otherwise; `slot_signs` tells
+    which values they take, for those who keep them in 8 bits.
     """
 
     clip_norm: ClipNorm = clip_norm_option(default=None)
     nonfinite: NonFinite = nonfinite_option(default="allow")
     donate: Donate = donate_option(default=False)
+    slot_dtype: Fixed[SlotDtypes] = slot_dtype_option(default=None)
+    rounding: Fixed[Rounding] = rounding_option(default="nearest")
+    master_weights: Fixed[bool] = master_weights_option(default=False)
+    seed: Fixed[int] = seed_option(default=0)
     rule: ClassVar[Callable[..., object]]
     slot_kinds: ClassVar[Mapping[str, Kind]] = {}
+    slot_signs: ClassVar[Mapping[str, Sign]] = {}
     _fields: ClassVar[dict[str, Field]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -89,13 +106,19 @@ class RuleOptimizer(Declarative, Optimizer):
             raise ArgumentTypeError(f"{name}: {error}{hint}; its arguments are {type(self).__signature__}") from None
         bound.apply_defaults()
         options = {option: bound.arguments.pop(option) for option in DEFAULTS}
+        storage = StorageOptions(**{option: bound.arguments.pop(option) for option in STORAGE_DEFAULTS})
         super().__init__(**options)
-        self._leaf = Leaf(type(self), Settings(name, self._fields))
+        self._leaf = Leaf(type(self), Settings(name, self._fields), self._storage(storage))
         self.set_hyperparameters(bound.arguments)
 
     @classmethod
     def check_together(cls, given: Mapping[str, Any]) -> None:
         """Raise `ConfigurationError` for hyperparameters, as given, that do not go together."""
+
+    @classmethod
+    def _storage(cls, options: StorageOptions) -> Storage:
+        slots = {slot: cls.slot_kinds.get(slot, Kind.FULL) for slot in rule_arguments(cls.rule)[0]}
+        return Storage(cls.__name__, slots, cls.slot_signs, options)
 
     # Hyperparameters
 
@@ -150,7 +173,12 @@ class RuleOptimizer(Declarative, Optimizer):
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._leaf.settings.given.items())
-        return f"{type(self).__name__}({given}{self._spelled_options})"
+        return f"{type(self).__name__}({given}{self._spelled_options}{self._spelled_storage})"
+
+    @property
+    def _spelled_storage(self) -> str:
+        chosen = self._leaf.storage.options._asdict()
+        return "".join(f", {n}={v!r}" for n, v in chosen.items() if v != STORAGE_DEFAULTS[n])
 
 
 def _signature(fields: Mapping[str, Field]) -> inspect.Signature:
@@ -162,7 +190,8 @@ def _signature(fields: Mapping[str, Field]) -> inspect.Signature:
         )
         for name, field in fields.items()
     ]
-    arguments += [inspect.Parameter(name, kinds[True], default=default) for name, default in DEFAULTS.items()]
+    options = {**DEFAULTS, **STORAGE_DEFAULTS}
+    arguments += [inspect.Parameter(name, kinds[True], default=default) for name, default in options.items()]
     return inspect.Signature(sorted(arguments, key=lambda argument: argument.kind))
 
 

@@ -9,15 +9,17 @@ import numpy as np
 from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Integers
 from gradstep.program.compiler import compile_kernel
+from gradstep.program.formats import compute_dtype, scales_of
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
+from gradstep.program.noise import name_key, signed, step_key
 from gradstep.program.program import Program, place_of, small_inputs
 from gradstep.step.launch import Launch, flat_chunks, matrix_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
 from gradstep.step.scalars import ScalarTable
-from gradstep.step.small import SmallValues, matrix_statistic, whole_statistic
+from gradstep.step.small import SmallValues, matrix_statistic, narrowed, whole_statistic, widened
 
 Array = np.ndarray[Any, Any]
 
@@ -36,8 +38,10 @@ class Batch:
     def __init__(self, leaf: Leaf, library: MemoryLibrary, matches: Sequence[Match]) -> None:
         self.leaf, self._library, self.matches = leaf, library, list(matches)
         self.program: Program = matches[0].program
-        self.dtype = matches[0].memory["w"].dtype
-        self.gradient_dtype = matches[0].memory["g"].dtype
+        self.formats = matches[0].formats
+        self.dtype = compute_dtype(self.formats["w"].dtype)
+        self.gradient_dtype = self.formats["g"].dtype
+        self._stochastic = any(kept.stochastic for kept in self.formats.values())
         self.sizes: Integers = np.array([match.memory["w"].size for match in matches], np.int64)
         self.scratch: list[Scratch] = []
         self.addresses: dict[str, Integers] = {}
@@ -51,6 +55,7 @@ class Batch:
         self._dimensions = self._measure()
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
+        self._keys: Integers = np.array([signed(name_key(name)) for name in names] if self._stochastic else (), np.int64)
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
         for place in ("w", "g", *self.program.slots):
             self._lay_out(place)
@@ -66,15 +71,14 @@ class Batch:
 
     def _launch(self, level: int) -> Launch:
         sweep = self.program.sweeps[level]
-        dtypes = {"g": self.gradient_dtype}
-        kernel = compile_kernel(emit(self.program, sweep, self.dtype, dtypes))
+        kernel = compile_kernel(emit(self.program, sweep, self.dtype, self.formats))
         if self._dimensions is not None:
             chunks = matrix_chunks(self._dimensions, np.array(self._stacks, np.int64))
         else:
             chunks = flat_chunks(self.sizes)
         launch = Launch(
             kernel, chunks, len(self.matches), int(self.sizes.sum()),
-            rows=self._scalars.rows, scalars=self._scalars.values, dimensions=self._dimensions,
+            rows=self._scalars.rows, scalars=self._scalars.values, dimensions=self._dimensions, keys=self._keys,
         )  # fmt: skip
         for reduction in sweep.reductions:
             place = place_of(reduction)
@@ -108,15 +112,19 @@ class Batch:
         if kind is not Kind.FULL:
             self._views[place] = [self._library.as_numpy(match.slots[place]) for match in self.matches]
             return
+        for part in self.formats[place].parts(place):
+            self._place(part, self._find(part, may_copy=part != scales_of(place)))
+
+    def _find(self, part: str, *, may_copy: bool) -> Integers:
         addresses = np.zeros(len(self.matches), np.int64)
         for i, match in enumerate(self.matches):
-            if match.is_direct(place):
-                addresses[i] = match.memory[place].address
+            if not may_copy or match.is_direct(part):
+                addresses[i] = match.memory[part].address
                 continue
-            copy = match.scratch(match.memory[place].dtype)
-            self.scratch.append(Scratch(place, i, copy, written=place != "g", array=match.slots.get(place)))
+            copy = match.scratch(match.memory[part].dtype)
+            self.scratch.append(Scratch(part, i, copy, written=part != "g", array=match.slots.get(part)))
             addresses[i] = copy.ctypes.data
-        self._place(place, addresses)
+        return addresses
 
     def _lay_out_matrices(self) -> None:
         for symbol in [symbol for following in self.program.matrices for symbol in following]:
@@ -152,6 +160,10 @@ class Batch:
         """Fill the scalars and run every sweep but the last: all that is written is scratch."""
         self.leaf.check_rounded(self.dtype)
         self._scalars.fill(clip_scale)
+        if self._stochastic:
+            key = signed(step_key(self.leaf.storage.options.seed, self.leaf.step))
+            for launch in self._launches:
+                launch.stamp(key)
         if len(self._launches) == 1:
             return
         with np.errstate(all="ignore"):
@@ -183,7 +195,10 @@ class Batch:
         values: list[SmallValues] = []
         for i in range(len(self.matches)):
             known: dict[int, Any] = {
-                s.index: views[i].reshape(self._small_shape(s.kind, i)) for s, views in slots.items()
+                s.index: widened(views[i], self.formats[s.attribute].dtype, self.dtype).reshape(
+                    self._small_shape(s.kind, i)
+                )
+                for s, views in slots.items()
             }
             values.append(SmallValues(self.dtype, scalars[int(self._scalars.rows[i])] | known))
         return values
@@ -211,12 +226,14 @@ class Batch:
 
     def _small_results(self, values: list[SmallValues]) -> list[tuple[Array, Array]]:
         """Each slot of rows or columns, and its new value. An empty parameter has no statistics to keep."""
+        step = step_key(self.leaf.storage.options.seed, self.leaf.step)
         return [
-            (target, values[i][symbol].reshape(target.shape))
+            (target, narrowed(values[i][symbol].reshape(target.shape), self.formats[slot],
+                              name_key(self.matches[i].name) ^ step ^ name_key(slot)))
             for slot, symbol in self.program.small_outputs.items()
             for i, target in enumerate(self._views[slot])
             if self.sizes[i]
-        ]
+        ]  # fmt: skip
 
 
 def _addresses(arrays: Sequence[Array]) -> Integers:

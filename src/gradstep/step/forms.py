@@ -5,24 +5,38 @@ from typing import Any
 
 from gradstep.arrays.library import Form, FunctionalLibrary, owner
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, ShapeError
+from gradstep.program.formats import FLOATS, Format
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
-from gradstep.step.match import slot_shape
+from gradstep.step.match import EXPECTED
+from gradstep.step.storage import parts_of
+
+
+def describe_floats(library: FunctionalLibrary, array: Any, what: str) -> Form:
+    """The form of an array of real numbers."""
+    form = library.describe(array, what)
+    if form.dtype not in FLOATS:
+        raise DtypeError(f"{what} has dtype {form.dtype}; expected {EXPECTED}")
+    return form
 
 
 def make_slots(
-    library: FunctionalLibrary, name: str, form: Form, program: Program, slots: Mapping[str, Any]
+    library: FunctionalLibrary,
+    name: str,
+    form: Form,
+    program: Program,
+    formats: Mapping[str, Format],
+    slots: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The slots that the program keeps: those there are, checked, and zeros for the others."""
+    """The arrays of the state that the program keeps: those there are, checked, and zeros for the others."""
     found: dict[str, Any] = {}
-    for slot, kind in program.slots.items():
-        shape = slot_shape(kind, form.shape)
-        if slot not in slots:
-            place = form.place if kind is Kind.FULL else None
-            found[slot] = library.zeros(Form(shape, form.dtype, place))
+    for part in parts_of(program, formats, form.shape):
+        if part.name not in slots:
+            place = form.place if part.kind is Kind.FULL else None
+            found[part.name] = library.zeros(Form(part.shape, part.dtype, place))
             continue
-        found[slot] = slots[slot]
-        _check_slot(library, name, slot, slots[slot], Form(shape, form.dtype, form.place))
+        found[part.name] = slots[part.name]
+        _check_slot(library, name, part.name, slots[part.name], Form(part.shape, part.dtype, form.place))
     return found
 
 
@@ -40,7 +54,7 @@ def _check_slot(library: FunctionalLibrary, name: str, slot: str, array: Any, wa
     if form.shape != wanted.shape:
         raise ShapeError(f"{what} has shape {form.shape}, but params[{name!r}] now needs {wanted.shape}; {remedy}")
     if form.dtype != wanted.dtype:
-        raise DtypeError(f"{what} has dtype {form.dtype}, but params[{name!r}] now has {wanted.dtype}; {remedy}")
+        raise DtypeError(f"{what} has dtype {form.dtype}, but params[{name!r}] now needs {wanted.dtype}; {remedy}")
 
 
 def check_devices(library: FunctionalLibrary, forms: Mapping[str, Form]) -> None:
@@ -60,7 +74,7 @@ def check_devices(library: FunctionalLibrary, forms: Mapping[str, Form]) -> None
 
 def check_gradient(library: FunctionalLibrary, name: str, gradient: Any, wanted: Form) -> None:
     """Raise if a gradient does not go with its parameter."""
-    form = library.describe(gradient, f"grads[{name!r}]")
+    form = describe_floats(library, gradient, f"grads[{name!r}]")
     if form.shape != wanted.shape:
         raise ShapeError(f"grads[{name!r}] has shape {form.shape}, but params[{name!r}] has {wanted.shape}")
     here, there = library.devices(form), library.devices(wanted)

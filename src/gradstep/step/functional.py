@@ -11,13 +11,16 @@ import numpy as np
 from gradstep.arrays.library import OTHER, STAYED, Form, Found, FunctionalLibrary
 from gradstep.arrays.memory import Integers
 from gradstep.errors import AliasedParametersError, TracingError
+from gradstep.program.formats import Format, compute_dtype
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
-from gradstep.step.forms import check_devices, check_gradient, make_slots
+from gradstep.step.forms import check_devices, check_gradient, describe_floats, make_slots
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
+from gradstep.step.packing import Packing, round_keys, rounded_places
 from gradstep.step.scalars import ScalarTable
+from gradstep.step.storage import parts_of
 
 
 class Task(NamedTuple):
@@ -25,6 +28,7 @@ class Task(NamedTuple):
 
     program: Program
     form: Form
+    formats: Mapping[str, Format]
     batch: int
     row: int
 
@@ -40,7 +44,9 @@ class Recipe:
     @functools.cached_property
     def key(self) -> Any:
         """Equal for recipes that do the same."""
-        tasks = tuple((task.program.key, task.form, task.batch, task.row) for task in self.tasks)
+        tasks = tuple(
+            (task.program.key, task.form, tuple(task.formats.items()), task.batch, task.row) for task in self.tasks
+        )
         return tasks, self.clipped, self.skipping
 
     def __eq__(self, other: object) -> bool:
@@ -65,17 +71,30 @@ class FunctionalShare:
         self, leaf: Leaf, names: list[str], library: FunctionalLibrary, params: Mapping[str, Any], *, clipped: bool
     ) -> None:
         self.leaf, self.names, self.rows = leaf, names, leaf.reserve(names)
-        self.forms = {name: library.describe(params[name], f"params[{name!r}]") for name in names}
+        self.forms = {name: describe_floats(library, params[name], f"params[{name!r}]") for name in names}
         self.programs = {name: leaf.program(len(self.forms[name].shape), clipped=clipped) for name in names}
+        self.formats = {
+            name: leaf.storage.formats(self.programs[name].slots, form.dtype, form.dtype)
+            for name, form in self.forms.items()
+        }
         self._made = {
-            name: make_slots(library, name, self.forms[name], self.programs[name], leaf.slots_of(name))
+            name: make_slots(
+                library, name, self.forms[name], self.programs[name], self.formats[name], leaf.slots_of(name)
+            )
             for name in names
         }
+        self._rounded = [rounded_places(self.formats[name]) for name in names]
 
     @property
     def published(self) -> bool:
         """Whether the slots are the optimizer's already."""
         return not self._made
+
+    def keys(self) -> "np.ndarray[Any, Any]":
+        """The keys of what is rounded at random in the coming step, all parameters after each other."""
+        if not any(self._rounded):
+            return np.zeros((0, 2), np.uint32)
+        return round_keys(self.names, self._rounded, self.leaf.storage.options.seed, self.leaf.step)
 
     def slots(self) -> list[Mapping[str, Any]]:
         """The slots of each parameter as they are now."""
@@ -172,12 +191,13 @@ class FunctionalPlan:
         slots = [dict(slots) for share in self.shares for slots in share.slots()]
         library = self.library
         tables = [library.table(batch.table.values[batch.table.rows], batch.dtype) for batch in self._batches]
+        keys = library.words(np.concatenate([share.keys() for share in self.shares]))
         one = library.number(1.0, "float32")
         scale, take = (look.scale, look.finite) if look else (one, one)
         if self._donating:
             _refuse_donating_twice(parameters, slots, gradients)
         try:
-            return self._step(parameters, slots, gradients, tables, scale, take)
+            return self._step(parameters, slots, gradients, tables, keys, scale, take)
         except ValueError as error:  # two arrays on one buffer
             if "donate" not in str(error):
                 raise
@@ -198,40 +218,55 @@ class FunctionalPlan:
         for share in self.shares:
             sorts: dict[tuple[int, str], list[str]] = {}
             for name in share.names:
-                sorts.setdefault((id(share.programs[name]), share.forms[name].dtype), []).append(name)
+                dtype = compute_dtype(share.forms[name].dtype)
+                sorts.setdefault((id(share.programs[name]), dtype), []).append(name)
             places: dict[str, tuple[int, int]] = {}
             for (_, dtype), names in sorts.items():
                 places |= {name: (len(self._batches), row) for row, name in enumerate(names)}
                 program, shapes = share.programs[names[0]], [share.forms[name].shape for name in names]
                 table = ScalarTable(share.leaf, program, dtype, names, shapes)
                 self._batches.append(FunctionalBatch(share.leaf, dtype, table))
-            tasks += [Task(share.programs[name], share.forms[name], *places[name]) for name in share.names]
+            tasks += [
+                Task(share.programs[name], share.forms[name], share.formats[name], *places[name])
+                for name in share.names
+            ]
         return tasks
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -> Callable[..., Any]:
     def step(
-        parameters: list[Any], slots: list[Any], gradients: list[Any], tables: list[Any], scale: Any, take: Any
+        parameters: list[Any],
+        slots: list[Any],
+        gradients: list[Any],
+        tables: list[Any],
+        keys: Any,
+        scale: Any,
+        take: Any,
     ) -> tuple[list[Any], list[Any]]:
+        unused = iter(range(len(keys)))
         new_parameters: list[Any] = []
         new_slots: list[dict[str, Any]] = []
         for task, w, old, g in zip(recipe.tasks, parameters, slots, gradients, strict=True):
+            own_keys = {place: keys[next(unused)] for place in rounded_places(task.formats)}
             if 0 in task.form.shape:  # nothing to update, and no statistics to keep
                 new_parameters.append(w)
                 new_slots.append(old)
                 continue
-            program, dtype = task.program, task.form.dtype
+            program, dtype = task.program, compute_dtype(task.form.dtype)
             scalars = {i: tables[task.batch][task.row, place] for i, place in program.scalar_places.items()}
             if recipe.clipped:
                 factors = (symbol for symbol in program.symbols if symbol.attribute == "clip_scale")
                 scalars |= {symbol.index: library.cast(scale, dtype) for symbol in factors}
-            arrays = {"w": w, "g": g, **old}
-            new = Evaluation(library, program, dtype, arrays, scalars).outputs()
+            arrays = {"w": w, **old}
+            packing = Packing(library, program, task.formats, dtype)
+            values = Evaluation(library, program, dtype, {"g": g, **packing.unpack(arrays)}, scalars).outputs()
+            new = packing.pack(values, own_keys)
             if recipe.skipping:
                 new = {place: library.call("where", take, value, arrays[place]) for place, value in new.items()}
-            full = (place for place, kind in {"w": Kind.FULL, **program.slots}.items() if kind is Kind.FULL)
-            new |= {place: library.keep_place(new[place], task.form) for place in full}
+            parts = parts_of(program, task.formats, task.form.shape)
+            full = ["w", *(part.name for part in parts if part.kind is Kind.FULL)]
+            new |= {name: library.keep_place(new[name], task.form) for name in full}
             new_parameters.append(new.pop("w"))
             new_slots.append(new)
         return new_parameters, new_slots

@@ -10,6 +10,7 @@ import numpy as np
 from gradstep.arrays.memory import Integers
 from gradstep.program.blocks import exact_sum
 from gradstep.program.compiler import Kernel, compile_kernel
+from gradstep.program.formats import Format, compute_dtype
 from gradstep.program.graph import Trace
 from gradstep.program.kernel import emit
 from gradstep.program.program import Program
@@ -52,13 +53,14 @@ def _kernel(dtype: str) -> tuple[Kernel, str]:
     trace = Trace(ndim=1)
     norm = trace.whole("norm", trace.array("g"))
     program = Program("gradient norm", {}, {"norm": norm})
-    return compile_kernel(emit(program, program.sweeps[0], dtype, {})), f"norm:{norm.index}"
+    kernel = emit(program, program.sweeps[0], compute_dtype(dtype), {"g": Format(dtype)})
+    return compile_kernel(kernel), f"norm:{norm.index}"
 
 
 def global_norm(sums: Sequence[float], arrays: Sequence[np.ndarray[Any, Any]], *, exact: bool) -> float:
     """The root of the sum of all blocks.
 
-    Squares of float32 can neither over- nor underflow in float64 (`exact`). Those of float64 can: then the
+    Squares of float32 and narrower can neither over- nor underflow in float64 (`exact`). Those of float64 can: then the
     arrays are scaled by a power of two first.
     """
     total = exact_sum(sums)

@@ -12,7 +12,7 @@ from gradstep.program.kernel import FIELDS, ROWS
 from gradstep.program.threads import pool
 
 RUN = 16  # chunks that a thread grabs at once, at most
-GRAIN = FIELDS.index("grain")
+GRAIN, STAMP = FIELDS.index("grain"), FIELDS.index("stamp")
 GRABS = 16  # times that each thread should grab, at least, so that all end together
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
@@ -29,6 +29,7 @@ class Launch:
         rows: the row of `scalars` that each tensor uses.
         scalars: the scalar expressions, one row per combination of step count and shape.
         dimensions: for factored programs, height, width and blocks per matrix of each tensor.
+        keys: each tensor's key, where something is rounded at random.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Launch:
         rows: Integers | None = None,
         scalars: Doubles | None = None,
         dimensions: Integers | None = None,
+        keys: Integers | None = None,
     ) -> None:
         self.kernel, self._chunks, self._elements = kernel, len(chunks), elements
         self._operands = {(operand.place, operand.sums): row for row, operand in enumerate(kernel.source.operands)}
@@ -53,6 +55,7 @@ class Launch:
             "addresses": self.addresses,
             "tensors": tensors, "rows": empty if rows is None else rows,
             "scalars": empty if scalars is None else scalars, "dimensions": empty if dimensions is None else dimensions,
+            "keys": empty if keys is None else keys, "stamp": 0,
         }  # fmt: skip
         self._alive = list(fields.values())
         values = [fields[name] for name in FIELDS]
@@ -65,6 +68,10 @@ class Launch:
         row = self._operands.get((place, sums))
         if row is not None:  # a copy without NumPy, whose own is slow while it is not in the cache
             ctypes.memmove(self._addresses + row * addresses.nbytes, start_of(addresses), addresses.nbytes)
+
+    def stamp(self, key: int) -> None:
+        """Set the key of the step, for rounding at random."""
+        self._job[STAMP] = key
 
     def run(self) -> None:
         """Run the kernel over all chunks, on as many threads as are worth it."""

@@ -15,6 +15,7 @@ from gradstep.settings import Settings
 from gradstep.step import forms
 from gradstep.step.match import Match, check_parameter, make_slots
 from gradstep.step.outcome import Awaited, Outcome
+from gradstep.step.storage import Storage
 
 State = tuple[dict[str, dict[str, Any]], dict[str, int], Integers]
 
@@ -33,10 +34,11 @@ class Leaf:
     Args:
         family: the optimizer's class: its name, its rule and the kinds of its slots.
         settings: the hyperparameters.
+        storage: how parameters and slots are kept.
     """
 
-    def __init__(self, family: Family, settings: Settings) -> None:
-        self._family, self.settings = family, settings
+    def __init__(self, family: Family, settings: Settings, storage: Storage) -> None:
+        self._family, self.settings, self.storage = family, settings, storage
         self._step = 0
         self._awaited = Awaited()
         self.epoch = 0  # changes whenever a plan made before is void
@@ -128,11 +130,15 @@ class Leaf:
         entries: dict[str, dict[str, Any]] = {}
         for name, parameter in params.items():
             if library.in_place is False:
-                form = library.describe(parameter, f"params[{name!r}]")
-                entries[name] = forms.make_slots(library, name, form, self.program(len(form.shape), clipped=False), {})
+                form = forms.describe_floats(library, parameter, f"params[{name!r}]")
+                program = self.program(len(form.shape), clipped=False)
+                formats = self.storage.formats(program.slots, form.dtype, form.dtype)
+                entries[name] = forms.make_slots(library, name, form, program, formats, {})
                 continue
             memory = check_parameter(library, name, parameter)
-            entries[name] = make_slots(library, name, memory, self.program(len(memory.shape), clipped=False), {})
+            program = self.program(len(memory.shape), clipped=False)
+            formats = self.storage.formats(program.slots, memory.dtype, memory.dtype)
+            entries[name] = make_slots(library, name, memory, program, formats, {})
         return entries, {name: row for row, name in enumerate(entries)}, np.zeros(len(entries), np.int64)
 
     def adopt(self, state: State) -> None:

@@ -10,21 +10,27 @@ from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import (
     Memory,
     axis_order,
+    bits_dtype,
     element_strides,
     overlaps_itself,
     strides_in_order,
 )
 from gradstep.errors import AliasedParametersError, ArgumentTypeError, DtypeError, ReadOnlyError, ShapeError
+from gradstep.program.formats import FLOATS, Format
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
+from gradstep.step.storage import Part, Storage, are_ordered, parts_of
+
+EXPECTED = "float32, float64, bfloat16 or float16"
 
 
 @dataclass(frozen=True)
 class Match:
-    """One parameter of the step: its arrays by place (`w`, `g`, slots), and where each lies."""
+    """One parameter of the step: its arrays (`w`, `g`, those of its state), and where each lies."""
 
     name: str
     program: Program
+    formats: Mapping[str, Format]
     order: tuple[int, ...]
     strides: tuple[int, ...]
     memory: Mapping[str, Memory]
@@ -35,19 +41,19 @@ class Match:
         """The parameter's shape."""
         return self.memory["w"].shape
 
-    def is_direct(self, place: str) -> bool:
+    def is_direct(self, array: str) -> bool:
         """Whether a kernel can walk the array as it lies; else it goes through scratch."""
-        return element_strides(self.memory[place]) == self.strides
+        return element_strides(self.memory[array]) == self.strides
 
     def scratch(self, dtype: str) -> np.ndarray[Any, Any]:
         """A new dense array in the order that the kernel walks."""
-        array = np.empty([self.shape[axis] for axis in self.order], dtype)
+        array = np.empty([self.shape[axis] for axis in self.order], bits_dtype(dtype))
         return array.transpose(np.argsort(self.order)) if self.order else array
 
 
 def check_parameter(library: MemoryLibrary, name: str, parameter: Any) -> Memory:
     """Where a parameter lies, checked that it can be written element by element."""
-    memory = library.describe(parameter, f"params[{name!r}]")
+    memory = describe_floats(library, parameter, f"params[{name!r}]")
     if not memory.writable:
         raise ReadOnlyError(f"params[{name!r}] is read-only; pass a writable array: a copy, or .setflags(write=True)")
     if overlaps_itself(memory):
@@ -58,53 +64,65 @@ def check_parameter(library: MemoryLibrary, name: str, parameter: Any) -> Memory
     return memory
 
 
+def describe_floats(library: MemoryLibrary, array: Any, what: str) -> Memory:
+    """Where an array of real numbers lies."""
+    memory = library.describe(array, what)
+    if memory.dtype not in FLOATS:
+        raise DtypeError(f"{what} has dtype {memory.dtype}; expected {EXPECTED}")
+    return memory
+
+
 def match(
-    library: MemoryLibrary, name: str, parameter: Any, gradient: Any, program: Program, slots: Mapping[str, Any]
+    library: MemoryLibrary,
+    name: str,
+    parameter: Any,
+    gradient: Any,
+    program: Program,
+    storage: Storage,
+    slots: Mapping[str, Any],
 ) -> Match:
     """Check the arrays of one name against each other; missing slots are allocated, not yet published."""
     memory = {"w": check_parameter(library, name, parameter)}
-    memory["g"] = library.describe(gradient, f"grads[{name!r}]")
+    memory["g"] = describe_floats(library, gradient, f"grads[{name!r}]")
     if memory["g"].shape != memory["w"].shape:
         raise ShapeError(f"grads[{name!r}] has shape {memory['g'].shape}, but params[{name!r}] has {memory['w'].shape}")
-    found = make_slots(library, name, memory["w"], program, slots)
+    formats = storage.formats(program.slots, memory["w"].dtype, memory["g"].dtype)
+    found = make_slots(library, name, memory["w"], program, formats, slots)
     for slot, array in found.items():
         memory[slot] = library.describe(array, f"state[{name!r}][{slot!r}]")
-    order = walking_order(memory["w"], program)
-    return Match(name, program, order, strides_in_order(memory["w"].shape, order), memory, found)
+    order = walking_order(memory["w"], program, formats)
+    return Match(name, program, formats, order, strides_in_order(memory["w"].shape, order), memory, found)
 
 
-def walking_order(memory: Memory, program: Program) -> tuple[int, ...]:
+def walking_order(memory: Memory, program: Program, formats: Mapping[str, Format]) -> tuple[int, ...]:
     """The order of axes, slow to fast, in which kernels walk: the parameter's own where the program is free."""
-    return tuple(range(len(memory.shape))) if program.ordered else tuple(axis_order(memory))
+    return tuple(range(len(memory.shape))) if are_ordered(program, formats) else tuple(axis_order(memory))
 
 
 def make_slots(
-    library: MemoryLibrary, name: str, parameter: Memory, program: Program, slots: Mapping[str, Any]
+    library: MemoryLibrary,
+    name: str,
+    parameter: Memory,
+    program: Program,
+    formats: Mapping[str, Format],
+    slots: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The slots that the program keeps: those there are, checked, and zeros for the others."""
-    order = walking_order(parameter, program)
+    """The arrays of the state that the program keeps: those there are, checked, and zeros for the others."""
+    order = walking_order(parameter, program, formats)
     found: dict[str, Any] = {}
-    for slot, kind in program.slots.items():
-        shape = slot_shape(kind, parameter.shape)
-        if slot in slots:
-            _check_slot(library, name, slot, slots[slot], shape, parameter.dtype)
-            found[slot] = slots[slot]
+    for part in parts_of(program, formats, parameter.shape):
+        if part.name in slots:
+            _check_slot(library, name, part, slots[part.name], parameter.dtype)
+            found[part.name] = slots[part.name]
         else:
-            found[slot] = library.zeros(shape, order if kind is Kind.FULL else range(len(shape)), parameter.dtype)
+            found[part.name] = library.zeros(
+                part.shape, order if part.kind is Kind.FULL else range(len(part.shape)), part.dtype
+            )
     return found
 
 
-def slot_shape(kind: Kind, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape in which a slot is stored."""
-    if kind is Kind.ROW:
-        return tuple(shape[:-1])
-    if kind is Kind.COLUMN:
-        return (*shape[:-2], shape[-1])
-    return tuple(shape)
-
-
-def _check_slot(library: MemoryLibrary, name: str, slot: str, array: Any, shape: tuple[int, ...], dtype: str) -> None:
-    what = f"state[{name!r}][{slot!r}]"
+def _check_slot(library: MemoryLibrary, name: str, part: Part, array: Any, parameter: str) -> None:
+    what = f"state[{name!r}][{part.name!r}]"
     remedy = "opt.init(params) begins anew"
     try:
         memory = library.describe(array, what)
@@ -117,7 +135,11 @@ def _check_slot(library: MemoryLibrary, name: str, slot: str, array: Any, shape:
         ) from None
     if not memory.writable:
         raise ReadOnlyError(f"{what} has been made read-only; undo it with .setflags(write=True), or {remedy}")
-    if memory.shape != shape:
-        raise ShapeError(f"{what} has shape {memory.shape}, but params[{name!r}] now needs {shape}; {remedy}")
-    if memory.dtype != dtype:
-        raise DtypeError(f"{what} has dtype {memory.dtype}, but params[{name!r}] now has {dtype}; {remedy}")
+    if memory.shape != part.shape:
+        raise ShapeError(f"{what} has shape {memory.shape}, but params[{name!r}] now needs {part.shape}; {remedy}")
+    if memory.dtype != part.dtype:
+        raise DtypeError(
+            f"{what} has dtype {memory.dtype}, but params[{name!r}] now has {parameter} and needs {part.dtype}; {remedy}"
+        )
+    if part.kind is Kind.LEAD and element_strides(memory) != strides_in_order(part.shape, range(len(part.shape))):
+        raise ArgumentTypeError(f"{what} is not contiguous any more; {remedy}")

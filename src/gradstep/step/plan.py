@@ -13,6 +13,7 @@ from gradstep.step.inspection import Inspection, Inspector, global_norm
 from gradstep.step.leaf import Leaf, State
 from gradstep.step.match import Match, match
 from gradstep.step.overlap import Extents
+from gradstep.step.small import widened
 
 
 class Share:
@@ -53,7 +54,8 @@ class Plan:
             share.matches = [
                 match(
                     library, name, params[name], grads[name],
-                    share.leaf.program(params[name].ndim, clipped=clipped), share.leaf.slots_of(name),
+                    share.leaf.program(params[name].ndim, clipped=clipped), share.leaf.storage,
+                    share.leaf.slots_of(name),
                 )
                 for name in share.names
             ]  # fmt: skip
@@ -118,10 +120,15 @@ class Plan:
             parts, tensors = inspector.inspect(batch.addresses["g"])
             sums += parts
             odd |= {members[tensor] for tensor in tensors}
-        exact = all(inspector.dtype == "float32" for inspector in self._inspectors)
-        arrays = [] if exact else [self.library.as_numpy(gradient) for gradient in gradients]
+        exact = all(inspector.dtype != "float64" for inspector in self._inspectors)
+        arrays = [] if exact else [self._values(gradient) for gradient in gradients]
         culprits = [i for i in sorted(odd) if exact or not np.isfinite(arrays[i]).all()]
         return Inspection(global_norm(sums, arrays, exact=exact), culprits)
+
+    def _values(self, gradient: Any) -> np.ndarray[Any, Any]:
+        dtype = self.library.describe(gradient, "a gradient").dtype
+        stored = self.library.as_numpy(gradient)
+        return widened(stored, dtype, "float64")
 
     def prepare(self, clip_scale: float) -> None:
         """Run all that writes nothing but scratch."""

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from gradstep.program.blocks import exact_sum
+from gradstep.program.formats import NARROW, Format
 from gradstep.program.graph import Kind, Symbol
+from gradstep.program.noise import mix
+from gradstep.program.rounding import noise, round_at_random
 
 Array = np.ndarray[Any, Any]
 
@@ -18,6 +21,67 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         "minimum", "maximum", "where", "less", "less_equal", "greater", "greater_equal", "equal", "not_equal",
     )
 }  # fmt: skip
+
+
+class NumPyWords:
+    """See `WordOperations`."""
+
+    def call(self, name: str, *args: Any) -> Any:
+        """See `WordOperations.call`."""
+        return FUNCTIONS[name](*args)
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """See `WordOperations.cast`."""
+        return x.astype(dtype)
+
+    def bits(self, x: Any) -> Any:
+        """See `WordOperations.bits`."""
+        return x.view(np.uint32)
+
+    def floats(self, x: Any) -> Any:
+        """See `WordOperations.floats`."""
+        return x.view(np.float32)
+
+    def word(self, value: int) -> Any:
+        """See `WordOperations.word`."""
+        return np.uint32(value)
+
+    def count(self, length: int) -> Any:
+        """See `WordOperations.count`."""
+        return np.arange(length, dtype=np.uint32)
+
+    def pad(self, x: Any, extra: int) -> Any:
+        """See `WordOperations.pad`."""
+        return np.pad(x, ((0, 0), (0, extra)))
+
+
+NUMPY_WORDS = NumPyWords()
+
+
+def widened(stored: Array, dtype: str, compute: str) -> Array:
+    """A slot of rows or columns in the compute dtype; 16-bit floats come as their bits."""
+    if dtype == "bfloat16":
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "float16":
+        stored = stored.view(np.float16)
+    return stored.astype(compute, copy=False)
+
+
+def narrowed(value: Array, kept: Format, key: int) -> Array:
+    """The inverse, rounded as the format says."""
+    if kept.dtype not in NARROW:
+        return value
+    with np.errstate(all="ignore"):
+        exact = value.astype(np.float32)
+        if kept.stochastic:
+            mixed = mix(key)
+            low, high = np.uint32(mixed & 0xFFFFFFFF), np.uint32(mixed >> 32)
+            exact = round_at_random(NUMPY_WORDS, exact, kept.dtype, noise(NUMPY_WORDS, low, high, value.shape))
+        if kept.dtype == "float16":
+            return exact.astype(np.float16).view(np.uint16)
+    bits = exact.view(np.uint32)
+    rounded = (bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16
+    return np.where(np.isnan(exact), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
 class SmallValues:

@@ -1,0 +1,67 @@
+"""How the arrays of a rule are stored: their dtypes, how they are rounded, and the arrays that each is made of."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+FLOATS = ("float32", "float64", "bfloat16", "float16")
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+NARROW = ("bfloat16", "float16")
+
+QUANTUM = 256  # elements that share a scale
+CODE_BITS = 3  # of the mantissa, in an 8-bit code
+
+Sign: TypeAlias = Literal["signed", "non-negative", "unknown"]
+SIGNS: tuple[Sign, ...] = ("signed", "non-negative", "unknown")
+
+
+def compute_dtype(parameter: str) -> str:
+    """The dtype in which a parameter's rule is computed."""
+    return "float64" if parameter == "float64" else "float32"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one array is stored.
+
+    Attributes:
+        dtype: one of `FLOATS`, or "int8" for 8-bit codes with a scale for each block of `QUANTUM` elements.
+        sign: for codes, which values they must be able to hold.
+        stochastic: round up or down at random, so that the expected value is the exact one; else to nearest.
+        master: keep a float32 copy beside it, which counts where it rounds to what is stored.
+    """
+
+    dtype: str
+    sign: Sign = "unknown"
+    stochastic: bool = False
+    master: bool = False
+
+    @property
+    def coded(self) -> bool:
+        """Whether elements are 8-bit codes."""
+        return self.dtype == "int8"
+
+    @property
+    def ordered(self) -> bool:
+        """Whether an element's place in C order matters: for its block, or for its random number."""
+        return self.coded or self.stochastic
+
+    def parts(self, place: str) -> dict[str, str]:
+        """The arrays that hold it, name to dtype; all but scales have one element for each of the parameter's."""
+        if self.coded:
+            return {codes_of(place): "uint8", scales_of(place): "float32"}
+        return {place: self.dtype, **({master_of(place): "float32"} if self.master else {})}
+
+
+def codes_of(place: str) -> str:
+    """The name of the array of codes. No slot can have a name with a dot."""
+    return f"{place}.codes"
+
+
+def scales_of(place: str) -> str:
+    """The name of the array of scales: the largest magnitude of each block."""
+    return f"{place}.scales"
+
+
+def master_of(place: str) -> str:
+    """The name of the float32 copy."""
+    return f"{place}.master"

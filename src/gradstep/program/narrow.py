@@ -1,0 +1,211 @@
+"""LLVM IR that reads and writes what is narrower than float32: bfloat16, float16 and 8-bit codes."""
+
+from gradstep.program.formats import Sign
+from gradstep.program.rounding import LOW, lowest_bits
+from gradstep.program.values import Code, splat, vector
+
+SIGN_BIT, MAGNITUDE = 0x80000000, 0x7FFFFFFF
+
+
+class Words:
+    """Operations on `lanes` 32-bit words, and on the float32 numbers that they stand for."""
+
+    def __init__(self, code: Code, lanes: int) -> None:
+        self.code, self.lanes = code, lanes
+        self.words, self.floats = vector("i32", lanes), vector("float", lanes)
+
+    def constant(self, value: int) -> str:
+        """The same word in every lane."""
+        value = value - (1 << 32) if value >= 1 << 31 else value
+        return str(value) if self.lanes == 1 else f"<{', '.join([f'i32 {value}'] * self.lanes)}>"
+
+    def number(self, bits: int) -> str:
+        """The same float32 in every lane, given its bits."""
+        return self.float(self.constant(bits))
+
+    def do(self, op: str, x: str, y: "str | int") -> str:
+        """An integer operation."""
+        return self.code.let(f"{op} {self.words} {x}, {self.constant(y) if isinstance(y, int) else y}")
+
+    def bits(self, x: str) -> str:
+        """The bits of numbers."""
+        return self.code.let(f"bitcast {self.floats} {x} to {self.words}")
+
+    def float(self, x: str) -> str:
+        """The numbers of bits."""
+        return self.code.let(f"bitcast {self.words} {x} to {self.floats}")
+
+    def compare(self, predicate: str, x: str, y: "str | int") -> str:
+        """A comparison of words."""
+        return self.code.let(f"icmp {predicate} {self.words} {x}, {self.constant(y) if isinstance(y, int) else y}")
+
+    def order(self, predicate: str, x: str, y: str) -> str:
+        """A comparison of numbers."""
+        return self.code.let(f"fcmp {predicate} {self.floats} {x}, {y}")
+
+    def select(self, condition: str, yes: "str | int", no: "str | int") -> str:
+        """Words by condition."""
+        first, second = (self.constant(x) if isinstance(x, int) else x for x in (yes, no))
+        bits = vector("i1", self.lanes)
+        return self.code.let(f"select {bits} {condition}, {self.words} {first}, {self.words} {second}")
+
+    def choose(self, condition: str, yes: str, no: str) -> str:
+        """Numbers by condition."""
+        bits = vector("i1", self.lanes)
+        return self.code.let(f"select {bits} {condition}, {self.floats} {yes}, {self.floats} {no}")
+
+    def multiply(self, x: str, y: str) -> str:
+        """The product of numbers."""
+        return self.code.let(f"fmul {self.floats} {x}, {y}")
+
+    def widen(self, x: str, width: int) -> str:
+        """Integers of fewer bits as words."""
+        return self.code.let(f"zext {vector(f'i{width}', self.lanes)} {x} to {self.words}")
+
+    def cut(self, x: str, width: int) -> str:
+        """The low bits of words."""
+        return self.code.let(f"trunc {self.words} {x} to {vector(f'i{width}', self.lanes)}")
+
+    def spread(self, x: str) -> str:
+        """One float32 in every lane."""
+        return splat(self.code, "float", x, self.lanes)
+
+
+def widen(code: Code, dtype: str, bits: str, lanes: int) -> str:
+    """The float32 numbers that 16 bits stand for."""
+    words = Words(code, lanes)
+    if dtype == "bfloat16":
+        return words.float(words.do("shl", words.widen(bits, 16), 16))
+    return _widen_float16(words, bits)
+
+
+def narrow(code: Code, dtype: str, value: str, noise: str | None, lanes: int) -> str:
+    """The 16 bits to which float32 numbers round: to nearest even, or at random with `noise`."""
+    words = Words(code, lanes)
+    if dtype == "bfloat16":
+        return words.cut(_round_bfloat16(words, value, noise), 16)
+    rounded = value if noise is None else _round_float16_at_random(words, value, noise)
+    return words.cut(_narrow_float16(words, rounded), 16)
+
+
+def _round_bfloat16(words: Words, value: str, noise: str | None) -> str:
+    bits = words.bits(value)
+    high = words.do("lshr", bits, 16)
+    if noise is None:
+        addend = words.do("add", words.do("and", high, 1), 0x7FFF)
+    else:
+        addend = words.do("and", noise, 0xFFFF)
+    rounded = words.do("lshr", words.do("add", bits, addend), 16)
+    return words.select(words.order("uno", value, value), words.do("or", high, 0x40), rounded)
+
+
+# float16 in integer arithmetic, where it needs no more than multiplication by a power of two: the instructions for it
+# are missing on some processors, and LLVM then calls functions that are not there.
+
+
+def _widen_float16(words: Words, half: str) -> str:
+    wide = words.widen(half, 16)
+    moved = words.do("shl", words.do("and", wide, 0x7FFF), 13)
+    scaled = words.multiply(words.float(moved), words.number((127 + 112) << 23))  # exact, denormal numbers too
+    odd = words.compare("uge", moved, 0x1F << 23)  # infinity and NaN
+    magnitude = words.select(odd, words.do("or", moved, 0xFF << 23), words.bits(scaled))
+    return words.float(words.do("or", magnitude, words.do("shl", words.do("and", wide, 0x8000), 16)))
+
+
+def _narrow_float16(words: Words, value: str) -> str:
+    """To nearest even; the bits of float16 in words."""
+    bits = words.bits(value)
+    magnitude = words.do("and", bits, MAGNITUDE)
+    # In [0.5, 1) float32 has the spacing of float16's denormal numbers: adding 0.5 rounds to them.
+    shifted = words.code.let(f"fadd {words.floats} {words.float(magnitude)}, {words.number(0x3F000000)}")
+    tiny = words.do("sub", words.bits(shifted), 0x3F000000)
+    odd = words.do("and", words.do("lshr", magnitude, 13), 1)
+    normal = words.do("add", words.do("add", magnitude, odd), (0xFFF - (112 << 23)) & 0xFFFFFFFF)
+    half = words.select(words.compare("ult", magnitude, 113 << 23), tiny, words.do("lshr", normal, 13))
+    half = words.select(words.compare("uge", magnitude, 143 << 23), 0x7C00, half)  # from 65536 on, infinity
+    half = words.select(words.compare("ugt", magnitude, 0xFF << 23), 0x7E00, half)
+    return words.do("or", half, words.do("lshr", words.do("and", bits, SIGN_BIT), 16))
+
+
+def _round_float16_at_random(words: Words, value: str, noise: str) -> str:
+    """A number that float16 holds exactly, as float32."""
+    bits = words.bits(value)
+    magnitude = words.do("and", bits, MAGNITUDE)
+    normal = words.do("and", words.do("add", magnitude, words.do("and", noise, 0x1FFF)), 0xFFFFE000)
+    # Denormal in float16: a multiple of 2**-24, found in fixed point with 21 bits behind the point.
+    is_tiny = words.compare("ult", magnitude, 113 << 23)
+    small = words.choose(is_tiny, words.float(magnitude), words.number(0))
+    fixed = words.code.let(
+        f"fptoui {words.floats} {words.multiply(small, words.number((127 + 45) << 23))} to {words.words}"
+    )
+    units = words.do("lshr", words.do("add", fixed, words.do("and", noise, 0x1FFFFF)), 21)
+    counted = words.code.let(f"uitofp {words.words} {units} to {words.floats}")
+    tiny = words.multiply(counted, words.number((127 - 24) << 23))
+    rounded = words.do("or", words.select(is_tiny, words.bits(tiny), normal), words.do("and", bits, SIGN_BIT))
+    return words.choose(words.order("uno", value, value), value, words.float(rounded))
+
+
+# Codes: the exponent and the first three bits of the mantissa of a number divided by its block's scale, which is the
+# largest magnitude of the block. Code 0 is zero, the largest code is 1.
+
+
+def decode(code: Code, sign: Sign, codes: str, scale: str, lanes: int) -> str:
+    """The float32 numbers of codes; `scale` is one number."""
+    words = Words(code, lanes)
+    wide = words.widen(codes, 8)
+    magnitude = wide if sign == "non-negative" else words.do("and", wide, 0x7F)
+    bits = words.do("add", words.do("shl", magnitude, LOW), lowest_bits(sign))
+    bits = words.select(words.compare("eq", magnitude, 0), 0, bits)
+    if sign != "non-negative":
+        bits = words.do("or", bits, words.do("shl", words.do("and", wide, 0x80), 24))
+    return words.multiply(words.float(bits), words.spread(scale))
+
+
+def encode(code: Code, sign: Sign, value: str, inverse: str, noise: str | None, lanes: int) -> str:
+    """The codes of float32 numbers; `inverse` is one over the scale of the block."""
+    words = Words(code, lanes)
+    bits = words.bits(value)
+    size = words.do("and", bits, MAGNITUDE)
+    ratio = words.multiply(words.float(size), words.spread(inverse))
+    one = words.number(127 << 23)
+    ratio = words.choose(words.order("olt", ratio, one), ratio, one)  # NaN becomes 1: the scale says that it is NaN
+    ratio_bits = words.bits(ratio)
+    if noise is None:
+        addend = words.do("add", words.do("and", words.do("lshr", ratio_bits, LOW), 1), (1 << (LOW - 1)) - 1)
+    else:
+        addend = words.do("and", noise, (1 << LOW) - 1)
+    steps = words.do("ashr", words.do("sub", words.do("add", ratio_bits, addend), lowest_bits(sign)), LOW)
+    least = _least_code(words, sign, size, ratio, noise)
+    magnitude = words.select(words.compare("slt", steps, 1), least, steps)
+    if sign == "non-negative":
+        return words.cut(magnitude, 8)
+    negative = words.do("lshr", words.do("and", bits, SIGN_BIT), 24)
+    # No negative zero: equal numbers have equal codes.
+    signed = words.do("or", magnitude, negative)
+    return words.cut(words.select(words.compare("eq", magnitude, 0), 0, signed), 8)
+
+
+def _least_code(words: Words, sign: Sign, size: str, ratio: str, noise: str | None) -> str:
+    """Code 0 or 1 for a number below the smallest that has a code."""
+    if sign != "signed":  # a floor: only zero is zero
+        return words.select(words.compare("ne", size, 0), 1, 0)
+    smallest = lowest_bits(sign) + (1 << LOW)
+    if noise is None:
+        return words.select(words.order("oge", ratio, words.number(smallest - (1 << 23))), 1, 0)
+    share = words.code.let(f"uitofp {words.words} {words.do('and', noise, 0xFFFFFF)} to {words.floats}")
+    threshold = words.multiply(share, words.number(smallest - (24 << 23)))
+    return words.select(words.order("ogt", ratio, threshold), 1, 0)
+
+
+def scale_of(code: Code, largest: str) -> tuple[str, str]:
+    """From the bits of a block's largest magnitude its scale, and one over it.
+
+    A block that holds NaN or infinity is NaN as a whole: its codes are relative to what has no number.
+    """
+    words = Words(code, 1)
+    smallest = 1 << 23  # of the normal numbers: one over it is finite
+    clamped = words.float(words.select(words.compare("ult", largest, smallest), smallest, largest))
+    inverse = words.code.let(f"fdiv float {words.number(127 << 23)}, {clamped}")
+    finite = words.compare("ult", largest, 0xFF << 23)
+    scale = words.choose(words.compare("eq", largest, 0), words.number(0), clamped)
+    return words.choose(finite, scale, words.number(0x7FC00000)), words.choose(finite, inverse, words.number(0))
