@@ -52,6 +52,8 @@ FAMILIES: dict[str, list[Kwargs]] = {
     ],
 }
 
+OPTIONS = set(inspect.signature(gs.Lion).parameters) - set(gs.Lion(1.0).hyperparameters)  # of every family
+
 MATRIX_FAMILIES = (gs.Adafactor, gs.Muon)  # their rules look at more than one element at a time
 
 

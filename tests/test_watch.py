@@ -24,13 +24,14 @@ def with_offsets(tensors: list[Any]) -> Any:
     offsets, describe = find_offsets(), describing_function(torch.Tensor)
     assert offsets is not None
     assert describe is not None
-    return ExchangeWatch(Exchange(describe, offsets), tensors, lambda _: pytest.fail("asked in Python"))
+    in_python = lambda _: pytest.fail("asked in Python")  # noqa: E731
+    return ExchangeWatch(Exchange(describe, offsets), tensors, on_torch.DLPACK_CODES, in_python)
 
 
 def with_table(tensors: list[Any]) -> Any:
     describe = describing_function(torch.Tensor)
     assert describe is not None
-    return ExchangeWatch(Exchange(describe, None), tensors, on_torch._any_negated)
+    return ExchangeWatch(Exchange(describe, None), tensors, on_torch.DLPACK_CODES, on_torch._any_negated)
 
 
 WAYS: dict[str, Callable[[list[Any]], Any]] = {

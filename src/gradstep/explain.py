@@ -5,11 +5,11 @@ from collections import Counter
 from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.optimizer import Optimizer
 from gradstep.program.compiler import module_ir
+from gradstep.program.formats import BYTES
 from gradstep.program.formulas import spell
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import emit
 from gradstep.program.program import Program, Sweep, is_input, place_of
-from gradstep.program.formats import BYTES
 
 
 def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool = True) -> None:

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from gradstep.arrays.library import Form
-from gradstep.program.formats import BYTES
 from gradstep.errors import DtypeError
+from gradstep.program.formats import BYTES, EXPECTED
 from gradstep.program.newton_schulz import orthogonalized
 
 jax: Any = importlib.import_module("jax")
@@ -53,9 +53,7 @@ class Jax:
         """See `FunctionalLibrary.describe`."""
         dtype = str(array.dtype)
         if dtype not in BYTES:
-            raise DtypeError(
-                f"{what} has dtype {dtype}; expected float32, float64, bfloat16 or float16: .astype('float32') converts it"
-            )
+            raise DtypeError(f"{what} has dtype {dtype}; {EXPECTED}: .astype('float32') converts it")
         # An array that has not been put anywhere goes where it is needed.
         return Form(tuple(array.shape), dtype, array.sharding if array.committed else None)
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from gradstep.arrays.library import Form
-from gradstep.program.formats import BYTES
 from gradstep.errors import DtypeError
+from gradstep.program.formats import BYTES, EXPECTED
 from gradstep.program.newton_schulz import orthogonalized
 
 mx: Any = importlib.import_module("mlx.core")
@@ -60,9 +60,7 @@ class Mlx:
         """See `FunctionalLibrary.describe`."""
         dtype = str(array.dtype).removeprefix("mlx.core.")
         if dtype not in BYTES:
-            raise DtypeError(
-                f"{what} has dtype {dtype}; expected float32, float64, bfloat16 or float16: .astype(mx.float32) converts it"
-            )
+            raise DtypeError(f"{what} has dtype {dtype}; {EXPECTED}: .astype(mx.float32) converts it")
         return Form(tuple(array.shape), dtype, None)
 
     def is_tracing(self, arrays: list[Any]) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 from gradstep.arrays.library import OTHER, Found, found
 from gradstep.arrays.memory import Memory, bits_dtype
 from gradstep.errors import ArgumentTypeError, DtypeError
-from gradstep.program.formats import BYTES
 from gradstep.program.blocks import sum_of_squares, sum_of_values
+from gradstep.program.formats import BYTES, EXPECTED
 from gradstep.program.newton_schulz import newton_schulz
 
 Array = np.ndarray[Any, Any]
@@ -64,8 +64,7 @@ class NumPy:
             raise ArgumentTypeError(f"{what} is a masked array, and a step would ignore the mask; pass .filled()")
         if array.dtype.name not in BYTES or not array.dtype.isnative:
             raise DtypeError(
-                f"{what} has dtype {array.dtype}; expected float32, float64, bfloat16 or float16 in native byte order: "
-                "convert it with .astype(np.float32)"
+                f"{what} has dtype {array.dtype}; {EXPECTED} in native byte order: convert it with .astype(np.float32)"
             )
         return Memory(_address(array), array.shape, array.strides, array.dtype.name, array.flags.writeable)
 

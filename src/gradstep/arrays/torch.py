@@ -13,8 +13,8 @@ from gradstep.arrays.library import MOVED, OTHER, STAYED, Found, found
 from gradstep.arrays.memory import Memory
 from gradstep.arrays.numpy import NUMPY
 from gradstep.arrays.torch_offsets import find_offsets
-from gradstep.program.formats import BYTES
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, RuleError, TracingError
+from gradstep.program.formats import BYTES, EXPECTED
 from gradstep.program.newton_schulz import newton_schulz
 
 torch: Any = importlib.import_module("torch")
@@ -82,10 +82,7 @@ class Torch:
             raise DeviceError(f"{what} is on {array.device}; gradstep steps on the CPU: move it with .cpu()")
         dtype = str(array.dtype).removeprefix("torch.")
         if dtype not in BYTES:
-            raise DtypeError(
-                f"{what} has dtype {array.dtype}; expected float32, float64, bfloat16 or float16: "
-                "convert it with .float()"
-            )
+            raise DtypeError(f"{what} has dtype {array.dtype}; {EXPECTED}: convert it with .float()")
         if array.is_neg() or array.is_conj():
             raise ArgumentTypeError(f"{what} is a lazily negated view; materialise it with .resolve_neg()")
         if hasattr(array, "fake_mode"):

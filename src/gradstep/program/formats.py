@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 NARROW = ("bfloat16", "float16")
+EXPECTED = "expected float32, float64, bfloat16 or float16"
 
 QUANTUM = 256  # elements that share a scale
 CODE_BITS = 3  # of the mantissa, in an 8-bit code

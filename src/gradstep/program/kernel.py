@@ -2,8 +2,8 @@
 
 The function takes one pointer to a job, 64-bit fields: chunks, their count, how many of them to grab at once, the
 shared counter, addresses (operand by tensor), the number of tensors, each tensor's row of scalars, the scalars
-(float64), dimensions, each tensor's key, and the step's. A chunk is three integers: tensor, first and length, in elements (flat) or in blocks of `ROWS`
-rows (factored).
+(float64), dimensions, each tensor's key, and the key of the step. A chunk is three integers: tensor, first and length,
+in elements (flat) or in blocks of `ROWS` rows (factored).
 """
 
 from collections.abc import Callable, Mapping
@@ -278,9 +278,7 @@ class _Emitter:
 
         def position(index: str, lanes: int, lane: str) -> None:
             for place in self.encoded:
-                value = self.code.let(
-                    f"load {vector('float', lanes)}, ptr {self._new(place, index)}, align 4"
-                )
+                value = self.code.let(f"load {vector('float', lanes)}, ptr {self._new(place, index)}, align 4")
                 noise = self._noise(place, index, lanes)
                 codes = encode(self.code, self.formats[place].sign, value, inverses[place], noise, lanes)
                 target = self._address(self.places[codes_of(place), False], index)

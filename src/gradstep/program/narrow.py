@@ -91,10 +91,8 @@ def narrow(code: Code, dtype: str, value: str, noise: str | None, lanes: int) ->
 def _round_bfloat16(words: Words, value: str, noise: str | None) -> str:
     bits = words.bits(value)
     high = words.do("lshr", bits, 16)
-    if noise is None:
-        addend = words.do("add", words.do("and", high, 1), 0x7FFF)
-    else:
-        addend = words.do("and", noise, 0xFFFF)
+    addend = words.do("and", high, 1) if noise is None else words.do("and", noise, 0xFFFF)
+    addend = words.do("add", addend, 0x7FFF) if noise is None else addend
     rounded = words.do("lshr", words.do("add", bits, addend), 16)
     return words.select(words.order("uno", value, value), words.do("or", high, 0x40), rounded)
 

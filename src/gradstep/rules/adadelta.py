@@ -36,6 +36,8 @@ class AdaDelta(RuleOptimizer):
     Source: Zeiler, 2012, https://arxiv.org/abs/1212.5701
     """
 
+    slot_signs = {"v": "non-negative", "u": "non-negative"}  # noqa: RUF012
+
     learning_rate: Scalar = scalar(kw_only=False)
     rho: Scalar = scalar(default=0.9, check=DECAY)
     eps: Scalar = scalar(default=1e-6, check=POSITIVE)

@@ -33,6 +33,8 @@ class Adagrad(RuleOptimizer):
     Source: Duchi et al., 2011, https://jmlr.org/papers/v12/duchi11a.html
     """
 
+    slot_signs = {"v": "non-negative"}  # noqa: RUF012
+
     learning_rate: Scalar = scalar(kw_only=False)
     eps: Scalar = scalar(default=1e-8, check=POSITIVE)
 

@@ -40,6 +40,8 @@ class Adam(RuleOptimizer):
     Source: Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980
     """
 
+    slot_signs = {"m": "signed", "v": "non-negative"}  # noqa: RUF012
+
     learning_rate: Scalar = scalar(kw_only=False)
     betas: Pair = pair(default=(0.9, 0.999), symbols=("beta1", "beta2"), checks=(DECAY, DECAY))
     eps: Scalar = scalar(default=1e-8, check=NON_NEGATIVE)
@@ -89,6 +91,8 @@ class AdamW(RuleOptimizer):
 
     Source: Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101
     """
+
+    slot_signs = {"m": "signed", "v": "non-negative"}  # noqa: RUF012
 
     learning_rate: Scalar = scalar(kw_only=False)
     betas: Pair = pair(default=(0.9, 0.999), symbols=("beta1", "beta2"), checks=(DECAY, DECAY))

@@ -35,6 +35,8 @@ class Adamax(RuleOptimizer):
     Source: Kingma and Ba, 2015, section 7.1, https://arxiv.org/abs/1412.6980
     """
 
+    slot_signs = {"m": "signed", "v": "non-negative"}  # noqa: RUF012
+
     learning_rate: Scalar = scalar(kw_only=False)
     betas: Pair = pair(default=(0.9, 0.999), symbols=("beta1", "beta2"), checks=(DECAY, DECAY))
     eps: Scalar = scalar(default=1e-8, check=NON_NEGATIVE)

@@ -1,14 +1,18 @@
 """`@gs.rule`: a function becomes an optimizer class."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, overload
 
 from gradstep.errors import RuleError
 from gradstep.hyperparameters import FINITE, REQUIRED, Field, Scalar, Static
+from gradstep.program.formats import Sign
 from gradstep.rules.base import RuleOptimizer
+from gradstep.step.storage import check_signs
 
+NOTHING_KNOWN: Mapping[str, Sign] = MappingProxyType({})
 RESERVED = frozenset({"t", "w", "g", "rule", "clip_scale", "optimizers", *dir(RuleOptimizer)})
 
 
@@ -28,8 +32,16 @@ class CustomOptimizer(RuleOptimizer):
 @overload
 def rule(function: Callable[..., Any], /) -> type[CustomOptimizer]: ...
 @overload
-def rule(*, static: Iterable[str] = ()) -> Callable[[Callable[..., Any]], type[CustomOptimizer]]: ...
-def rule(function: Callable[..., Any] | None = None, /, *, static: Iterable[str] = ()) -> Any:
+def rule(
+    *, static: Iterable[str] = (), signs: Mapping[str, Sign] = NOTHING_KNOWN
+) -> Callable[[Callable[..., Any]], type[CustomOptimizer]]: ...
+def rule(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    static: Iterable[str] = (),
+    signs: Mapping[str, Sign] = NOTHING_KNOWN,
+) -> Any:
     """Turn a function into an optimizer class of its name.
 
     The positional arguments are `w`, `g` and the slots, which start at zero with the shape of `w`; keyword-only ones
@@ -43,6 +55,9 @@ def rule(function: Callable[..., Any] | None = None, /, *, static: Iterable[str]
     Args:
         function: the rule. It must be pure: it is called on symbols, not on arrays.
         static: names of hyperparameters that are configuration even though they are numbers.
+        signs: which values slots take, "signed", "non-negative" or "unknown" (the default): used only by those who
+            keep them in 8 bits. A slot that never is negative, such as a mean of squares, has codes for many more
+            magnitudes when that is known; for "signed", values far below the largest of their block become 0.
 
     Raises:
         RuleError: the signature or the body cannot become a program; the body is looked at when the
@@ -62,22 +77,24 @@ def rule(function: Callable[..., Any] | None = None, /, *, static: Iterable[str]
         raise RuleError(f'static must be a list of names, got the text {static!r}: write static=["{static}"]')
     if function is not None and not inspect.isfunction(function):
         raise RuleError(f"@gs.rule takes a function that was written with def, got {function!r}")
-    make = partial(_make, static=frozenset(static))
+    make = partial(_make, static=frozenset(static), signs=dict(signs))
     return make if function is None else make(function)
 
 
-def _make(function: Callable[..., Any], static: frozenset[str]) -> type[CustomOptimizer]:
+def _make(function: Callable[..., Any], static: frozenset[str], signs: Mapping[str, Sign]) -> type[CustomOptimizer]:
     name = function.__name__
     parameters = inspect.signature(function).parameters
     positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n != "t"}
     _check_signature(name, parameters, positional, keywords, static)
+    check_signs(name, positional[2:], signs)
     fields: dict[str, Any] = {
         key: _field(name, key, REQUIRED if default is inspect.Parameter.empty else default, static)
         for key, default in keywords.items()
     }
     body = {
         "rule": staticmethod(function),
+        "slot_signs": signs,
         "__doc__": function.__doc__ or f"The rule {name}{inspect.signature(function)}.",
         "__module__": function.__module__,
         "__qualname__": function.__qualname__,

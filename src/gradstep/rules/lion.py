@@ -35,6 +35,8 @@ class Lion(RuleOptimizer):
     Source: Chen et al., 2023, https://arxiv.org/abs/2302.06675
     """
 
+    slot_signs = {"m": "signed"}  # noqa: RUF012
+
     learning_rate: Scalar = scalar(kw_only=False)
     betas: Pair = pair(default=(0.9, 0.99), symbols=("beta1", "beta2"), checks=(DECAY, DECAY))
     weight_decay: Scalar = scalar(default=0.0, check=NON_NEGATIVE, removable=True)

@@ -44,6 +44,8 @@ class Muon(RuleOptimizer):
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
     """
 
+    slot_signs = {"v": "signed"}  # noqa: RUF012
+
     learning_rate: Scalar = scalar(kw_only=False)
     momentum: Scalar = scalar(default=0.95, check=DECAY)
     weight_decay: Scalar = scalar(default=0.01, check=NON_NEGATIVE, removable=True)

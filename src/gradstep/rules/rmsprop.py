@@ -34,6 +34,8 @@ class RMSprop(RuleOptimizer):
     Source: Tieleman and Hinton, 2012, Lecture 6.5, COURSERA: Neural Networks for Machine Learning
     """
 
+    slot_signs = {"v": "non-negative"}  # noqa: RUF012
+
     learning_rate: Scalar = scalar(kw_only=False)
     alpha: Scalar = scalar(default=0.99, check=DECAY)
     eps: Scalar = scalar(default=1e-8, check=POSITIVE)

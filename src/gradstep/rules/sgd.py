@@ -41,6 +41,8 @@ class SGD(RuleOptimizer):
     Source: Sutskever et al., 2013, https://proceedings.mlr.press/v28/sutskever13.html
     """
 
+    slot_signs = {"v": "signed"}  # noqa: RUF012
+
     learning_rate: Scalar = scalar(kw_only=False)
     momentum: Scalar = scalar(default=0.0, check=NON_NEGATIVE, removable=True)
     weight_decay: Scalar = scalar(default=0.0, check=NON_NEGATIVE, removable=True)

@@ -55,7 +55,9 @@ class Batch:
         self._dimensions = self._measure()
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
-        self._keys: Integers = np.array([signed(name_key(name)) for name in names] if self._stochastic else (), np.int64)
+        self._keys: Integers = np.array(
+            [signed(name_key(name)) for name in names] if self._stochastic else (), np.int64
+        )
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
         for place in ("w", "g", *self.program.slots):
             self._lay_out(place)

@@ -5,10 +5,9 @@ from typing import Any
 
 from gradstep.arrays.library import Form, FunctionalLibrary, owner
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, ShapeError
-from gradstep.program.formats import FLOATS, Format
+from gradstep.program.formats import EXPECTED, FLOATS, Format
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
-from gradstep.step.match import EXPECTED
 from gradstep.step.storage import parts_of
 
 
@@ -16,7 +15,7 @@ def describe_floats(library: FunctionalLibrary, array: Any, what: str) -> Form:
     """The form of an array of real numbers."""
     form = library.describe(array, what)
     if form.dtype not in FLOATS:
-        raise DtypeError(f"{what} has dtype {form.dtype}; expected {EXPECTED}")
+        raise DtypeError(f"{what} has dtype {form.dtype}; {EXPECTED}")
     return form
 
 

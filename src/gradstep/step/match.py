@@ -1,6 +1,6 @@
 """Gradient, parameter and slots of one name, brought together and checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,10 @@ from gradstep.arrays.memory import (
     strides_in_order,
 )
 from gradstep.errors import AliasedParametersError, ArgumentTypeError, DtypeError, ReadOnlyError, ShapeError
-from gradstep.program.formats import FLOATS, Format
+from gradstep.program.formats import EXPECTED, FLOATS, Format
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
 from gradstep.step.storage import Part, Storage, are_ordered, parts_of
-
-EXPECTED = "float32, float64, bfloat16 or float16"
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def describe_floats(library: MemoryLibrary, array: Any, what: str) -> Memory:
     """Where an array of real numbers lies."""
     memory = library.describe(array, what)
     if memory.dtype not in FLOATS:
-        raise DtypeError(f"{what} has dtype {memory.dtype}; expected {EXPECTED}")
+        raise DtypeError(f"{what} has dtype {memory.dtype}; {EXPECTED}")
     return memory
 
 
@@ -139,7 +137,8 @@ def _check_slot(library: MemoryLibrary, name: str, part: Part, array: Any, param
         raise ShapeError(f"{what} has shape {memory.shape}, but params[{name!r}] now needs {part.shape}; {remedy}")
     if memory.dtype != part.dtype:
         raise DtypeError(
-            f"{what} has dtype {memory.dtype}, but params[{name!r}] now has {parameter} and needs {part.dtype}; {remedy}"
+            f"{what} has dtype {memory.dtype}, but params[{name!r}] now has {parameter}, which needs {part.dtype}; "
+            f"{remedy}"
         )
     if part.kind is Kind.LEAD and element_strides(memory) != strides_in_order(part.shape, range(len(part.shape))):
         raise ArgumentTypeError(f"{what} is not contiguous any more; {remedy}")

@@ -22,9 +22,7 @@ class Packing:
         dtype: the compute dtype.
     """
 
-    def __init__(
-        self, library: FunctionalLibrary, program: Program, formats: Mapping[str, Format], dtype: str
-    ) -> None:
+    def __init__(self, library: FunctionalLibrary, program: Program, formats: Mapping[str, Format], dtype: str) -> None:
         self._on, self._by_row, self._formats, self._dtype = library, program.factored, formats, dtype
         self._places = ["w", *program.slots]
 
@@ -46,7 +44,7 @@ class Packing:
         return on.call("where", on.bits(rounded) == on.bits(value), master, value)
 
     def pack(self, values: Mapping[str, Any], keys: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """The arrays that hold these values; `keys` gives the two halves of the key of each that is rounded at random."""
+        """The arrays that hold these values; `keys` gives both halves of the key of each that is rounded at random."""
         packed: dict[str, Any] = {}
         for place, value in values.items():
             packed |= self._packed(place, self._formats[place], value, keys.get(place))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, cast
 
-from gradstep.errors import ArgumentTypeError, ConfigurationError, DtypeError
+from gradstep.errors import ArgumentTypeError, ConfigurationError, DtypeError, RuleError
 from gradstep.program.formats import (
     NARROW,
     QUANTUM,
@@ -153,11 +153,13 @@ def _check_rest(owner: str, options: StorageOptions) -> None:
         raise ConfigurationError(f"{owner}'s seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
 
 
-def check_signs(owner: str, signs: Mapping[str, object]) -> None:
-    """Raise `ConfigurationError` for what is not known about a slot."""
+def check_signs(owner: str, slots: Sequence[str], signs: Mapping[str, object]) -> None:
+    """Raise `RuleError` for a declaration of signs that says nothing."""
     for slot, sign in signs.items():
+        if slot not in slots:
+            raise RuleError(f"{owner}: signs names {slot!r}, but the slots are {_quoted(slots) or 'none'}")
         if sign not in SIGNS:
-            raise ConfigurationError(f"{owner}: the slot {slot!r} must be one of {_quoted(SIGNS)}, got {sign!r}")
+            raise RuleError(f"{owner}: the sign of {slot!r} must be one of {_quoted(SIGNS)}, got {sign!r}")
 
 
 def _quoted(words: Iterable[str]) -> str:
