@@ -98,6 +98,10 @@ class Jax:
         """See `FunctionalLibrary.word`."""
         return np.uint32(value)
 
+    def real(self, value: float) -> Any:
+        """See `FunctionalLibrary.real`."""
+        return np.float32(value)
+
     def count(self, length: int) -> Any:
         """See `FunctionalLibrary.count`."""
         return jnp.arange(length, dtype=jnp.uint32)

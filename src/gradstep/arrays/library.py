@@ -153,6 +153,10 @@ class FunctionalLibrary(Operations, Protocol):
         """See `WordOperations.word`."""
         ...
 
+    def real(self, value: float) -> Any:
+        """See `WordOperations.real`."""
+        ...
+
     def count(self, length: int) -> Any:
         """See `WordOperations.count`."""
         ...

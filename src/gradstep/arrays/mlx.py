@@ -111,6 +111,10 @@ class Mlx:
         """See `FunctionalLibrary.word`."""
         return mx.array(value, mx.uint32)
 
+    def real(self, value: float) -> Any:
+        """See `FunctionalLibrary.real`."""
+        return mx.array(value, mx.float32)
+
     def count(self, length: int) -> Any:
         """See `FunctionalLibrary.count`."""
         return mx.arange(length, dtype=mx.uint32)

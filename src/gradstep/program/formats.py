@@ -9,7 +9,6 @@ NARROW = ("bfloat16", "float16")
 EXPECTED = "expected float32, float64, bfloat16 or float16"
 
 QUANTUM = 256  # elements that share a scale
-CODE_BITS = 3  # of the mantissa, in an 8-bit code
 
 Sign: TypeAlias = Literal["signed", "non-negative", "unknown"]
 SIGNS: tuple[Sign, ...] = ("signed", "non-negative", "unknown")
@@ -25,8 +24,10 @@ class Format:
     """How one array is stored.
 
     Attributes:
-        dtype: one of `FLOATS`, or "int8" for 8-bit codes with a scale for each block of `QUANTUM` elements.
-        sign: for codes, which values they must be able to hold.
+        dtype: one of `FLOATS`, or "int8" for 8-bit codes with a scale, the largest magnitude, for each block of
+            `QUANTUM` elements: code c of N stands for (c / N)**2 times the scale.
+        sign: for codes, which values they must be able to hold. Only "signed" ones become 0 when they are small beside
+            the largest of their block: what may be a mean of squares is divided by, and must not.
         stochastic: round up or down at random, so that the expected value is the exact one; else to nearest.
         master: keep a float32 copy beside it, which counts where it rounds to what is stored.
     """
@@ -42,9 +43,20 @@ class Format:
         return self.dtype == "int8"
 
     @property
+    def dithered(self) -> bool:
+        """Whether it is rounded at random. Codes are, unless values change fast enough to reach another code soon: a
+        running mean that keeps 0.999 of itself would stay where it is for ever."""
+        return self.stochastic or (self.coded and self.sign != "signed")
+
+    @property
     def ordered(self) -> bool:
         """Whether an element's place in C order matters: for its block, or for its random number."""
-        return self.coded or self.stochastic
+        return self.coded or self.dithered
+
+    @property
+    def largest_code(self) -> int:
+        """The code of the largest magnitude of a block; beside it there is a sign bit, unless nothing is negative."""
+        return 255 if self.sign == "non-negative" else 127
 
     def parts(self, place: str) -> dict[str, str]:
         """The arrays that hold it, name to dtype; all but scales have one element for each of the parameter's."""

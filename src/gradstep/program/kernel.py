@@ -2,8 +2,8 @@
 
 The function takes one pointer to a job, 64-bit fields: chunks, their count, how many of them to grab at once, the
 shared counter, addresses (operand by tensor), the number of tensors, each tensor's row of scalars, the scalars
-(float64), dimensions, each tensor's key, and the key of the step. A chunk is three integers: tensor, first and length,
-in elements (flat) or in blocks of `ROWS` rows (factored).
+(float64), dimensions, each tensor's key, and the shift of the step's noise. A chunk is three integers: tensor, first
+and length, in elements (flat) or in blocks of `ROWS` rows (factored).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ from gradstep.program.blocks import BLOCK, LANES
 from gradstep.program.formats import BYTES, NARROW, QUANTUM, Format, codes_of, master_of, scales_of
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.narrow import decode, encode, narrow, scale_of, widen
-from gradstep.program.noise import GOLDEN32, emit_mix, emit_noise, name_key, signed
+from gradstep.program.noise import GOLDEN, emit_mix, emit_noise, name_key, signed
 from gradstep.program.program import Program, Sweep, dense_places, place_of, small_inputs
 from gradstep.program.values import TYPES, Code, Values, splat, vector
 
 ROWS = 64
 AHEAD = 2048  # bytes; without prefetching, every page of 4 KiB begins with a wait
 LINE = 64
-FIELDS = ("chunks", "count", "grain", "next", "addresses", "tensors", "rows", "scalars", "dimensions", "keys", "stamp")
+FIELDS = ("chunks", "count", "grain", "next", "addresses", "tensors", "rows", "scalars", "dimensions", "keys", "shift")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Emitter:
         self.written = {store.place: self.formats[store.place] for store in self.sweep.stores}
         self.coded = [place for place, kept in self.formats.items() if kept.coded]
         self.encoded = [place for place in self.coded if place in self.written]
-        self.rounded = [place for place, kept in self.written.items() if kept.stochastic]
+        self.rounded = [place for place, kept in self.written.items() if kept.dithered]
         self.keys: dict[str, tuple[str, str]] = {}
         self.scales: dict[str, str] = {}
         self.block_start = ""
@@ -92,7 +92,7 @@ class _Emitter:
     def function(self) -> str:
         code = self.code
         fields = [code.let(f"getelementptr i64, ptr %job, i64 {i}") for i in range(len(FIELDS))]
-        kinds = {"count": "i64", "grain": "i64", "tensors": "i64", "stamp": "i64"}
+        kinds = {"count": "i64", "grain": "i64", "tensors": "i64", "shift": "i64"}
         for name, place in zip(FIELDS, fields, strict=True):
             code.do(f"%{name} = load {kinds.get(name, 'ptr')}, ptr {place}")
         for reduction in self.sweep.reductions:
@@ -280,7 +280,7 @@ class _Emitter:
             for place in self.encoded:
                 value = self.code.let(f"load {vector('float', lanes)}, ptr {self._new(place, index)}, align 4")
                 noise = self._noise(place, index, lanes)
-                codes = encode(self.code, self.formats[place].sign, value, inverses[place], noise, lanes)
+                codes = encode(self.code, self.formats[place], value, inverses[place], noise, lanes)
                 target = self._address(self.places[codes_of(place), False], index)
                 self.code.do(f"store {vector('i8', lanes)} {codes}, ptr {target}, align 1")
 
@@ -404,8 +404,7 @@ class _Emitter:
         if not self.rounded:
             return
         key = code.let(f"load i64, ptr {code.let('getelementptr i64, ptr %keys, i64 %tensor')}")
-        key = code.let(f"xor i64 {key}, %stamp")
-        far = code.let(f"mul i64 {code.let('lshr i64 %first, 32')}, {GOLDEN32}")
+        far = code.let(f"mul i64 {code.let('lshr i64 %first, 32')}, {GOLDEN}")
         for place in self.rounded:
             mixed = emit_mix(code, code.let(f"xor i64 {key}, {signed(name_key(place))}"))
             low = code.let(f"trunc i64 {mixed} to i32")
@@ -431,9 +430,10 @@ class _Emitter:
                 at = code.let(f"add {wide} {at}, <{', '.join(f'i64 {lane}' for lane in range(lanes))}>")
             far = code.let(f"lshr {wide} {at}, {splat(code, 'i64', '32', lanes)}")
             far = code.let(f"trunc {wide} {far} to {words}")
-            high = code.let(f"add {words} {high}, {code.let(f'mul {words} {far}, {self._word(GOLDEN32, lanes)}')}")
+            high = code.let(f"add {words} {high}, {code.let(f'mul {words} {far}, {self._word(GOLDEN, lanes)}')}")
         near = splat(code, "i32", code.let(f"trunc i64 {index} to i32"), lanes)
-        return emit_noise(code, code.let(f"add {words} {low}, {near}"), high, lanes)
+        shift = splat(code, "i32", code.let("trunc i64 %shift to i32"), lanes)
+        return emit_noise(code, code.let(f"add {words} {low}, {near}"), high, shift, lanes)
 
     def _word(self, value: int, lanes: int) -> str:
         return splat(self.code, "i32", str(value - (value >> 31 << 32)), lanes)
@@ -474,7 +474,7 @@ class _Emitter:
         kept = self.formats[place]
         if kept.coded:
             codes = self._read(codes_of(place), index, lanes)
-            value = decode(self.code, kept.sign, codes, self.scales[place], lanes)
+            value = decode(self.code, kept, codes, self.scales[place], lanes)
             return self._convert(value, "float32", self.dtype, lanes)
         stored = self._read(place, index, lanes)
         if not kept.master:

@@ -1,8 +1,8 @@
 """LLVM IR that reads and writes what is narrower than float32: bfloat16, float16 and 8-bit codes."""
 
-from gradstep.program.formats import Sign
-from gradstep.program.rounding import LOW, lowest_bits
-from gradstep.program.values import Code, splat, vector
+from gradstep.program.formats import Format
+from gradstep.program.rounding import unit
+from gradstep.program.values import Code, literal, splat, vector
 
 SIGN_BIT, MAGNITUDE = 0x80000000, 0x7FFFFFFF
 
@@ -21,7 +21,7 @@ class Words:
 
     def number(self, bits: int) -> str:
         """The same float32 in every lane, given its bits."""
-        return self.float(self.constant(bits))
+        return self.number_of(self.constant(bits))
 
     def do(self, op: str, x: str, y: "str | int") -> str:
         """An integer operation."""
@@ -31,7 +31,7 @@ class Words:
         """The bits of numbers."""
         return self.code.let(f"bitcast {self.floats} {x} to {self.words}")
 
-    def float(self, x: str) -> str:
+    def number_of(self, x: str) -> str:
         """The numbers of bits."""
         return self.code.let(f"bitcast {self.words} {x} to {self.floats}")
 
@@ -66,6 +66,35 @@ class Words:
         """The low bits of words."""
         return self.code.let(f"trunc {self.words} {x} to {vector(f'i{width}', self.lanes)}")
 
+    def real(self, value: float) -> str:
+        """A number that float32 holds, in every lane."""
+        return literal(value, "float32", self.lanes)
+
+    def count(self, x: str) -> str:
+        """Words as numbers."""
+        return self.code.let(f"uitofp {self.words} {x} to {self.floats}")
+
+    def floor(self, x: str) -> str:
+        """Numbers that are not negative, cut to words."""
+        return self.code.let(f"fptoui {self.floats} {x} to {self.words}")
+
+    def fraction(self, x: str) -> str:
+        """Words as numbers from 0 to 1, exclusive: their first 24 bits."""
+        return self.multiply(self.count(self.do("lshr", x, 8)), self.real(2.0**-24))
+
+    def add(self, x: str, y: str) -> str:
+        """The sum of numbers."""
+        return self.code.let(f"fadd {self.floats} {x}, {y}")
+
+    def subtract(self, x: str, y: str) -> str:
+        """The difference of numbers."""
+        return self.code.let(f"fsub {self.floats} {x}, {y}")
+
+    def root(self, x: str) -> str:
+        """The square root."""
+        suffix = f"v{self.lanes}" if self.lanes > 1 else ""
+        return self.code.call(f"llvm.sqrt.{suffix}f32", self.floats, x)
+
     def spread(self, x: str) -> str:
         """One float32 in every lane."""
         return splat(self.code, "float", x, self.lanes)
@@ -75,7 +104,7 @@ def widen(code: Code, dtype: str, bits: str, lanes: int) -> str:
     """The float32 numbers that 16 bits stand for."""
     words = Words(code, lanes)
     if dtype == "bfloat16":
-        return words.float(words.do("shl", words.widen(bits, 16), 16))
+        return words.number_of(words.do("shl", words.widen(bits, 16), 16))
     return _widen_float16(words, bits)
 
 
@@ -91,7 +120,7 @@ def narrow(code: Code, dtype: str, value: str, noise: str | None, lanes: int) ->
 def _round_bfloat16(words: Words, value: str, noise: str | None) -> str:
     bits = words.bits(value)
     high = words.do("lshr", bits, 16)
-    addend = words.do("and", high, 1) if noise is None else words.do("and", noise, 0xFFFF)
+    addend = words.do("and", high, 1) if noise is None else words.do("lshr", noise, 16)
     addend = words.do("add", addend, 0x7FFF) if noise is None else addend
     rounded = words.do("lshr", words.do("add", bits, addend), 16)
     return words.select(words.order("uno", value, value), words.do("or", high, 0x40), rounded)
@@ -104,10 +133,10 @@ def _round_bfloat16(words: Words, value: str, noise: str | None) -> str:
 def _widen_float16(words: Words, half: str) -> str:
     wide = words.widen(half, 16)
     moved = words.do("shl", words.do("and", wide, 0x7FFF), 13)
-    scaled = words.multiply(words.float(moved), words.number((127 + 112) << 23))  # exact, denormal numbers too
+    scaled = words.multiply(words.number_of(moved), words.real(2.0**112))  # exact, denormal numbers too
     odd = words.compare("uge", moved, 0x1F << 23)  # infinity and NaN
     magnitude = words.select(odd, words.do("or", moved, 0xFF << 23), words.bits(scaled))
-    return words.float(words.do("or", magnitude, words.do("shl", words.do("and", wide, 0x8000), 16)))
+    return words.number_of(words.do("or", magnitude, words.do("shl", words.do("and", wide, 0x8000), 16)))
 
 
 def _narrow_float16(words: Words, value: str) -> str:
@@ -115,7 +144,7 @@ def _narrow_float16(words: Words, value: str) -> str:
     bits = words.bits(value)
     magnitude = words.do("and", bits, MAGNITUDE)
     # In [0.5, 1) float32 has the spacing of float16's denormal numbers: adding 0.5 rounds to them.
-    shifted = words.code.let(f"fadd {words.floats} {words.float(magnitude)}, {words.number(0x3F000000)}")
+    shifted = words.code.let(f"fadd {words.floats} {words.number_of(magnitude)}, {words.real(0.5)}")
     tiny = words.do("sub", words.bits(shifted), 0x3F000000)
     odd = words.do("and", words.do("lshr", magnitude, 13), 1)
     normal = words.do("add", words.do("add", magnitude, odd), (0xFFF - (112 << 23)) & 0xFFFFFFFF)
@@ -129,70 +158,58 @@ def _round_float16_at_random(words: Words, value: str, noise: str) -> str:
     """A number that float16 holds exactly, as float32."""
     bits = words.bits(value)
     magnitude = words.do("and", bits, MAGNITUDE)
-    normal = words.do("and", words.do("add", magnitude, words.do("and", noise, 0x1FFF)), 0xFFFFE000)
+    normal = words.do("and", words.do("add", magnitude, words.do("lshr", noise, 19)), 0xFFFFE000)
     # Denormal in float16: a multiple of 2**-24, found in fixed point with 21 bits behind the point.
     is_tiny = words.compare("ult", magnitude, 113 << 23)
-    small = words.choose(is_tiny, words.float(magnitude), words.number(0))
-    fixed = words.code.let(
-        f"fptoui {words.floats} {words.multiply(small, words.number((127 + 45) << 23))} to {words.words}"
-    )
-    units = words.do("lshr", words.do("add", fixed, words.do("and", noise, 0x1FFFFF)), 21)
-    counted = words.code.let(f"uitofp {words.words} {units} to {words.floats}")
-    tiny = words.multiply(counted, words.number((127 - 24) << 23))
+    small = words.choose(is_tiny, words.number_of(magnitude), words.real(0.0))
+    fixed = words.floor(words.multiply(small, words.real(2.0**45)))
+    units = words.do("lshr", words.do("add", fixed, words.do("lshr", noise, 11)), 21)
+    tiny = words.multiply(words.count(units), words.real(2.0**-24))
     rounded = words.do("or", words.select(is_tiny, words.bits(tiny), normal), words.do("and", bits, SIGN_BIT))
-    return words.choose(words.order("uno", value, value), value, words.float(rounded))
+    return words.choose(words.order("uno", value, value), value, words.number_of(rounded))
 
 
-# Codes: the exponent and the first three bits of the mantissa of a number divided by its block's scale, which is the
-# largest magnitude of the block. Code 0 is zero, the largest code is 1.
+# Codes: c of N stands for (c / N)**2 times its block's scale, which is the largest magnitude of the block.
 
 
-def decode(code: Code, sign: Sign, codes: str, scale: str, lanes: int) -> str:
+def decode(code: Code, kept: Format, codes: str, scale: str, lanes: int) -> str:
     """The float32 numbers of codes; `scale` is one number."""
     words = Words(code, lanes)
     wide = words.widen(codes, 8)
-    magnitude = wide if sign == "non-negative" else words.do("and", wide, 0x7F)
-    bits = words.do("add", words.do("shl", magnitude, LOW), lowest_bits(sign))
-    bits = words.select(words.compare("eq", magnitude, 0), 0, bits)
-    if sign != "non-negative":
-        bits = words.do("or", bits, words.do("shl", words.do("and", wide, 0x80), 24))
-    return words.multiply(words.float(bits), words.spread(scale))
+    magnitude = wide if kept.sign == "non-negative" else words.do("and", wide, 0x7F)
+    square = words.count(words.do("mul", magnitude, magnitude))
+    value = words.multiply(words.multiply(square, words.real(unit(kept))), words.spread(scale))
+    if kept.sign == "non-negative":
+        return value
+    return words.number_of(words.do("xor", words.bits(value), words.do("shl", words.do("and", wide, 0x80), 24)))
 
 
-def encode(code: Code, sign: Sign, value: str, inverse: str, noise: str | None, lanes: int) -> str:
-    """The codes of float32 numbers; `inverse` is one over the scale of the block."""
+def encode(code: Code, kept: Format, value: str, inverse: str, noise: str | None, lanes: int) -> str:
+    """The codes of float32 numbers; `inverse` is one over the scale of the block.
+
+    The codes next to a number stand for c*c and (c + 1)*(c + 1) in units of the scale. The larger one is taken where
+    the number is more than the share `noise` of the way to it, a half without.
+    """
     words = Words(code, lanes)
     bits = words.bits(value)
     size = words.do("and", bits, MAGNITUDE)
-    ratio = words.multiply(words.float(size), words.spread(inverse))
-    one = words.number(127 << 23)
+    ratio = words.multiply(words.number_of(size), words.spread(inverse))
+    one = words.real(1.0)
     ratio = words.choose(words.order("olt", ratio, one), ratio, one)  # NaN becomes 1: the scale says that it is NaN
-    ratio_bits = words.bits(ratio)
-    if noise is None:
-        addend = words.do("add", words.do("and", words.do("lshr", ratio_bits, LOW), 1), (1 << (LOW - 1)) - 1)
-    else:
-        addend = words.do("and", noise, (1 << LOW) - 1)
-    steps = words.do("ashr", words.do("sub", words.do("add", ratio_bits, addend), lowest_bits(sign)), LOW)
-    least = _least_code(words, sign, size, ratio, noise)
-    magnitude = words.select(words.compare("slt", steps, 1), least, steps)
-    if sign == "non-negative":
-        return words.cut(magnitude, 8)
+    units = words.multiply(ratio, words.real(float(kept.largest_code**2)))
+    lower = words.floor(words.root(units))
+    number = words.count(lower)
+    past = words.subtract(units, words.multiply(number, number))
+    gap = words.add(words.add(number, number), one)
+    share = words.real(0.5) if noise is None else words.fraction(noise)
+    nearest = words.do("add", lower, words.select(words.order("ogt", past, words.multiply(share, gap)), 1, 0))
+    if kept.sign != "signed":  # a floor: only zero is zero
+        least = words.select(words.compare("ne", size, 0), 1, 0)
+        nearest = words.select(words.compare("ugt", nearest, least), nearest, least)
+    if kept.sign == "non-negative":
+        return words.cut(nearest, 8)
     negative = words.do("lshr", words.do("and", bits, SIGN_BIT), 24)
-    # No negative zero: equal numbers have equal codes.
-    signed = words.do("or", magnitude, negative)
-    return words.cut(words.select(words.compare("eq", magnitude, 0), 0, signed), 8)
-
-
-def _least_code(words: Words, sign: Sign, size: str, ratio: str, noise: str | None) -> str:
-    """Code 0 or 1 for a number below the smallest that has a code."""
-    if sign != "signed":  # a floor: only zero is zero
-        return words.select(words.compare("ne", size, 0), 1, 0)
-    smallest = lowest_bits(sign) + (1 << LOW)
-    if noise is None:
-        return words.select(words.order("oge", ratio, words.number(smallest - (1 << 23))), 1, 0)
-    share = words.code.let(f"uitofp {words.words} {words.do('and', noise, 0xFFFFFF)} to {words.floats}")
-    threshold = words.multiply(share, words.number(smallest - (24 << 23)))
-    return words.select(words.order("ogt", ratio, threshold), 1, 0)
+    return words.cut(words.do("or", nearest, words.select(words.compare("eq", nearest, 0), 0, negative)), 8)
 
 
 def scale_of(code: Code, largest: str) -> tuple[str, str]:
@@ -202,8 +219,8 @@ def scale_of(code: Code, largest: str) -> tuple[str, str]:
     """
     words = Words(code, 1)
     smallest = 1 << 23  # of the normal numbers: one over it is finite
-    clamped = words.float(words.select(words.compare("ult", largest, smallest), smallest, largest))
-    inverse = words.code.let(f"fdiv float {words.number(127 << 23)}, {clamped}")
+    clamped = words.number_of(words.select(words.compare("ult", largest, smallest), smallest, largest))
+    inverse = words.code.let(f"fdiv float {words.real(1.0)}, {clamped}")
     finite = words.compare("ult", largest, 0xFF << 23)
-    scale = words.choose(words.compare("eq", largest, 0), words.number(0), clamped)
-    return words.choose(finite, scale, words.number(0x7FC00000)), words.choose(finite, inverse, words.number(0))
+    scale = words.choose(words.compare("eq", largest, 0), words.real(0.0), clamped)
+    return words.choose(finite, scale, words.number(0x7FC00000)), words.choose(finite, inverse, words.real(0.0))

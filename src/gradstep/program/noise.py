@@ -1,17 +1,20 @@
-"""Random numbers for stochastic rounding: a hash of seed, step, parameter, place in the rule, and element.
+"""Random words for stochastic rounding: a hash of seed, parameter, place in the rule and element, moved on by steps.
 
 ```
-key   = mix(hash(parameter) ^ mix(mix(seed) + step * GOLDEN) ^ hash(place))        64 bits
+key   = mix(hash(parameter) ^ mix(seed) ^ hash(place))             64 bits
 x     = index + low(key)                     index: the low 32 bits of the element's number in C order
 x     = (x ^ x >> 16) * MULTIPLIERS[0] ^ (high(key) + (index >> 32) * GOLDEN)
 x     = (x ^ x >> 15) * MULTIPLIERS[1]
-noise = x ^ x >> 16
+noise = (x ^ x >> 16) + step * GOLDEN
 ```
 
-No state is kept, so neither threads nor the order of parameters matter. `mix` is the finalizer of SplitMix64.
+Over the steps the noise of an element is a Weyl sequence of the golden ratio. It falls into every interval as often as
+it should, and sooner than independent numbers would: what rounding adds in one step it takes away in the next ones.
+No state is kept, so neither threads nor the order of parameters matter. `mix` is the finalizer of SplitMix64. Of a
+word of noise the high bits are the good ones.
 
-Source: Steele et al., 2014, https://doi.org/10.1145/2660193.2660195; Wellons, 2018,
-https://nullprogram.com/blog/2018/07/31/
+Source: Weyl, 1916, https://doi.org/10.1007/BF01475864; Steele et al., 2014, https://doi.org/10.1145/2660193.2660195;
+Wellons, 2018, https://nullprogram.com/blog/2018/07/31/
 """
 
 import hashlib
@@ -19,8 +22,7 @@ import hashlib
 from gradstep.program.values import Code, vector
 
 MASK = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
-GOLDEN32 = 0x9E3779B1
+GOLDEN = 0x9E3779B1  # 2**32 over the golden ratio, made odd
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 
@@ -37,9 +39,14 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def step_key(seed: int, step: int) -> int:
-    """The word of a step."""
-    return mix(mix(seed & MASK) + step * GOLDEN & MASK)
+def tensor_key(seed: int, name: str) -> int:
+    """The word of a parameter, before the place in the rule comes in."""
+    return mix(seed & MASK) ^ name_key(name)
+
+
+def step_shift(step: int) -> int:
+    """By how much the noise has been moved on."""
+    return step * GOLDEN & 0xFFFFFFFF
 
 
 def signed(word: int) -> int:
@@ -56,14 +63,15 @@ def emit_mix(code: Code, word: str) -> str:
     return word
 
 
-def emit_noise(code: Code, index: str, high: str, lanes: int) -> str:
+def emit_noise(code: Code, index: str, high: str, shift: str, lanes: int) -> str:
     """The noise of elements as IR: `index` is their number with the low half of the key added."""
     words = vector("i32", lanes)
     constant = [f"<{', '.join([f'i32 {n - (n >> 31 << 32)}'] * lanes)}>" if lanes > 1 else str(n - (n >> 31 << 32))
                 for n in MULTIPLIERS]  # fmt: skip
-    shift = [f"<{', '.join([f'i32 {n}'] * lanes)}>" if lanes > 1 else str(n) for n in (16, 15, 16)]
-    x = code.let(f"xor {words} {index}, {code.let(f'lshr {words} {index}, {shift[0]}')}")
+    places = [f"<{', '.join([f'i32 {n}'] * lanes)}>" if lanes > 1 else str(n) for n in (16, 15, 16)]
+    x = code.let(f"xor {words} {index}, {code.let(f'lshr {words} {index}, {places[0]}')}")
     x = code.let(f"xor {words} {code.let(f'mul {words} {x}, {constant[0]}')}, {high}")
-    x = code.let(f"xor {words} {x}, {code.let(f'lshr {words} {x}, {shift[1]}')}")
+    x = code.let(f"xor {words} {x}, {code.let(f'lshr {words} {x}, {places[1]}')}")
     x = code.let(f"mul {words} {x}, {constant[1]}")
-    return code.let(f"xor {words} {x}, {code.let(f'lshr {words} {x}, {shift[2]}')}")
+    x = code.let(f"xor {words} {x}, {code.let(f'lshr {words} {x}, {places[2]}')}")
+    return code.let(f"add {words} {x}, {shift}")

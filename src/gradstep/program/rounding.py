@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from gradstep.program.formats import CODE_BITS, QUANTUM, Sign
-from gradstep.program.noise import MULTIPLIERS
+import numpy as np
 
-LOW = 23 - CODE_BITS  # bits of float32's mantissa that a code drops
+from gradstep.program.formats import QUANTUM, Format
+from gradstep.program.noise import MULTIPLIERS, mix, name_key, step_shift
 
 
 class WordOperations(Protocol):
@@ -33,6 +33,10 @@ class WordOperations(Protocol):
         """A 32-bit word without dimensions."""
         ...
 
+    def real(self, value: float) -> Any:
+        """A float32 number without dimensions."""
+        ...
+
     def count(self, length: int) -> Any:
         """The words 0, 1, …"""
         ...
@@ -42,86 +46,83 @@ class WordOperations(Protocol):
         ...
 
 
-def noise(on: WordOperations, low: Any, high: Any, shape: Sequence[int]) -> Any:
-    """Random words for all elements of an array, from the two halves of the key: see `noise.py`."""
+def noise(on: WordOperations, key: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Random words for all elements of an array: see `noise.py`.
+
+    `key` is three words: the low and the high half of the key, and the shift of the step.
+    """
+    low, high, shift = key
     w = on.word
     x = on.count(math.prod(shape)) + low  # of arrays with 2**32 elements or more, the low halves of their numbers
     x = ((x ^ (x >> w(16))) * w(MULTIPLIERS[0])) ^ high
     x = (x ^ (x >> w(15))) * w(MULTIPLIERS[1])
-    return (x ^ (x >> w(16))).reshape(shape)
+    return ((x ^ (x >> w(16))) + shift).reshape(shape)
 
 
 def round_at_random(on: WordOperations, x: Any, dtype: str, words: Any) -> Any:
     """Float32 numbers rounded up or down to numbers that `dtype` holds exactly."""
     w, bits = on.word, on.bits(x)
     if dtype == "bfloat16":
-        rounded = on.floats((bits + (words & w(0xFFFF))) & w(0xFFFF0000))
+        rounded = on.floats((bits + (words >> w(16))) & w(0xFFFF0000))
         return on.call("where", x == x, rounded, x)
     magnitude = bits & w(0x7FFFFFFF)
-    normal = (magnitude + (words & w(0x1FFF))) & w(0xFFFFE000)
+    normal = (magnitude + (words >> w(19))) & w(0xFFFFE000)
     is_tiny = magnitude < w(113 << 23)
     small = on.floats(on.call("where", is_tiny, magnitude, w(0)))
-    fixed = on.cast(small * on.floats(w((127 + 45) << 23)), "uint32")
-    units = on.cast((fixed + (words & w(0x1FFFFF))) >> w(21), "float32")
-    tiny = on.bits(units * on.floats(w((127 - 24) << 23)))
+    fixed = on.cast(small * on.real(2.0**45), "uint32")
+    units = on.cast((fixed + (words >> w(11))) >> w(21), "float32")
+    tiny = on.bits(units * on.real(2.0**-24))
     rounded = on.floats(on.call("where", is_tiny, tiny, normal) | (bits & w(0x80000000)))
     return on.call("where", x == x, rounded, x)
 
 
-def encode(on: WordOperations, sign: Sign, values: Any, words: Any | None, *, by_row: bool) -> tuple[Any, Any]:
-    """The codes of float32 numbers and the scales of their blocks."""
-    w = on.word
+def encode(on: WordOperations, kept: Format, values: Any, words: Any | None, *, by_row: bool) -> tuple[Any, Any]:
+    """The codes of float32 numbers and the scales of their blocks: see `narrow.encode`."""
+    w, real = on.word, on.real
     bits = _blocks(on, on.bits(values), by_row=by_row)
     size = bits & w(0x7FFFFFFF)
-    largest = size.max(axis=1)
-    scales, inverses = _scales(on, largest)
+    scales, inverses = _scales(on, size.max(axis=1))
     ratio = on.floats(size) * inverses[:, None]
-    one = on.floats(w(127 << 23))
-    ratio = on.call("where", ratio < one, ratio, one)
-    ratio_bits = on.bits(ratio)
-    if words is None:
-        addend = ((ratio_bits >> w(LOW)) & w(1)) + w((1 << (LOW - 1)) - 1)
-    else:
-        words = _blocks(on, words, by_row=by_row)
-        addend = words & w((1 << LOW) - 1)
-    rounded = ratio_bits + addend
-    lowest = lowest_bits(sign)
-    least = _least_codes(on, sign, size, ratio, words)
-    codes = on.call("where", rounded < w(lowest + (1 << LOW)), least, (rounded - w(lowest)) >> w(LOW))
-    if sign != "non-negative":
-        signed = codes | ((bits & w(0x80000000)) >> w(24))
-        codes = on.call("where", codes == w(0), codes, signed)
-    return on.cast(_unblocks(codes, values.shape, by_row=by_row), "uint8"), scales
+    ratio = on.call("where", ratio < real(1.0), ratio, real(1.0))
+    units = ratio * real(float(kept.largest_code**2))
+    lower = on.cast(on.call("sqrt", units), "uint32")
+    number = on.cast(lower, "float32")
+    share = real(0.5) if words is None else _fraction(on, _blocks(on, words, by_row=by_row))
+    past, gap = units - number * number, number + number + real(1.0)
+    nearest = lower + on.cast(past > share * gap, "uint32")
+    if kept.sign != "signed":  # a floor: only zero is zero
+        nearest = on.call("maximum", nearest, on.cast(size != w(0), "uint32"))
+    if kept.sign != "non-negative":
+        negative = (bits & w(0x80000000)) >> w(24)
+        nearest = nearest | on.call("where", nearest == w(0), w(0), negative)
+    return on.cast(_unblocks(nearest, values.shape, by_row=by_row), "uint8"), scales
 
 
-def decode(on: WordOperations, sign: Sign, codes: Any, scales: Any, *, by_row: bool) -> Any:
+def decode(on: WordOperations, kept: Format, codes: Any, scales: Any, *, by_row: bool) -> Any:
     """The float32 numbers of codes."""
     w = on.word
     wide = _blocks(on, on.cast(codes, "uint32"), by_row=by_row)
-    magnitude = wide if sign == "non-negative" else wide & w(0x7F)
-    bits = on.call("where", magnitude == w(0), w(0), (magnitude << w(LOW)) + w(lowest_bits(sign)))
-    if sign != "non-negative":
-        bits = bits | ((wide & w(0x80)) << w(24))
-    return _unblocks(on.floats(bits) * scales[:, None], codes.shape, by_row=by_row)
+    magnitude = wide if kept.sign == "non-negative" else wide & w(0x7F)
+    values = on.cast(magnitude * magnitude, "float32") * on.real(unit(kept)) * scales[:, None]
+    if kept.sign != "non-negative":
+        values = on.floats(on.bits(values) ^ ((wide & w(0x80)) << w(24)))
+    return _unblocks(values, codes.shape, by_row=by_row)
 
 
-def lowest_bits(sign: Sign) -> int:
-    """The bits of the number that code 0 would be: 2**-31, or 2**-15 beside a sign bit."""
-    return (127 - (31 if sign == "non-negative" else 15)) << 23
+def unit(kept: Format) -> float:
+    """What code 1 stands for, in float32; times the largest code's square it is 1."""
+    return float(np.float32(1 / kept.largest_code**2))
 
 
-def _least_codes(on: WordOperations, sign: Sign, size: Any, ratio: Any, words: Any | None) -> Any:
-    """Codes 0 or 1 for numbers below the smallest that has a code."""
-    w = on.word
-    if sign != "signed":  # a floor: only zero is zero
-        up = size != w(0)
-    else:
-        smallest = lowest_bits(sign) + (1 << LOW)
-        if words is None:
-            up = ratio >= on.floats(w(smallest - (1 << 23)))
-        else:
-            up = ratio > on.cast(words & w(0xFFFFFF), "float32") * on.floats(w(smallest - (24 << 23)))
-    return on.call("where", up, w(1), w(0))
+def key_words(tensor: int, place: str, step: int) -> tuple[int, int, int]:
+    """The three words with which the noise of an array begins; `tensor` is its parameter's key."""
+    key = mix(tensor ^ name_key(place))
+    return key & 0xFFFFFFFF, key >> 32, step_shift(step)
+
+
+def _fraction(on: WordOperations, words: Any) -> Any:
+    """Words as numbers from 0 to 1, exclusive."""
+    return on.cast(words >> on.word(8), "float32") * on.real(2.0**-24)
 
 
 def _scales(on: WordOperations, largest: Any) -> tuple[Any, Any]:
@@ -129,9 +130,9 @@ def _scales(on: WordOperations, largest: Any) -> tuple[Any, Any]:
     w = on.word
     smallest, infinite = w(1 << 23), w(0xFF << 23)
     clamped = on.floats(on.call("where", largest < smallest, smallest, largest))
-    scales = on.call("where", largest == w(0), on.floats(w(0)), clamped)
+    scales = on.call("where", largest == w(0), on.real(0.0), clamped)
     scales = on.call("where", largest < infinite, scales, on.floats(w(0x7FC00000)))
-    inverses = on.call("where", largest < infinite, on.floats(w(127 << 23)) / clamped, on.floats(w(0)))
+    inverses = on.call("where", largest < infinite, on.real(1.0) / clamped, on.real(0.0))
     return scales, inverses
 
 

@@ -13,8 +13,9 @@ from gradstep.program.formats import compute_dtype, scales_of
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
-from gradstep.program.noise import name_key, signed, step_key
+from gradstep.program.noise import signed, step_shift, tensor_key
 from gradstep.program.program import Program, place_of, small_inputs
+from gradstep.program.rounding import key_words
 from gradstep.step.launch import Launch, flat_chunks, matrix_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
@@ -41,7 +42,7 @@ class Batch:
         self.formats = matches[0].formats
         self.dtype = compute_dtype(self.formats["w"].dtype)
         self.gradient_dtype = self.formats["g"].dtype
-        self._stochastic = any(kept.stochastic for kept in self.formats.values())
+        self._dithered = any(kept.dithered for kept in self.formats.values())
         self.sizes: Integers = np.array([match.memory["w"].size for match in matches], np.int64)
         self.scratch: list[Scratch] = []
         self.addresses: dict[str, Integers] = {}
@@ -55,9 +56,7 @@ class Batch:
         self._dimensions = self._measure()
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
-        self._keys: Integers = np.array(
-            [signed(name_key(name)) for name in names] if self._stochastic else (), np.int64
-        )
+        self._keys = self._make_keys(names)
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
         for place in ("w", "g", *self.program.slots):
             self._lay_out(place)
@@ -70,6 +69,11 @@ class Batch:
             return None
         shapes = [match.shape for match in self.matches]
         return np.array([(*shape[-2:], -(-shape[-2] // ROWS)) for shape in shapes], np.int64)
+
+    def _make_keys(self, names: Sequence[str]) -> Integers:
+        """What each tensor's noise begins with, where something is rounded at random."""
+        seed = self.leaf.storage.options.seed
+        return np.array([signed(tensor_key(seed, name)) for name in names] if self._dithered else (), np.int64)
 
     def _launch(self, level: int) -> Launch:
         sweep = self.program.sweeps[level]
@@ -162,10 +166,9 @@ class Batch:
         """Fill the scalars and run every sweep but the last: all that is written is scratch."""
         self.leaf.check_rounded(self.dtype)
         self._scalars.fill(clip_scale)
-        if self._stochastic:
-            key = signed(step_key(self.leaf.storage.options.seed, self.leaf.step))
+        if self._dithered:
             for launch in self._launches:
-                launch.stamp(key)
+                launch.shift(step_shift(self.leaf.step))
         if len(self._launches) == 1:
             return
         with np.errstate(all="ignore"):
@@ -228,10 +231,10 @@ class Batch:
 
     def _small_results(self, values: list[SmallValues]) -> list[tuple[Array, Array]]:
         """Each slot of rows or columns, and its new value. An empty parameter has no statistics to keep."""
-        step = step_key(self.leaf.storage.options.seed, self.leaf.step)
+        seed, step = self.leaf.storage.options.seed, self.leaf.step
         return [
             (target, narrowed(values[i][symbol].reshape(target.shape), self.formats[slot],
-                              name_key(self.matches[i].name) ^ step ^ name_key(slot)))
+                              key_words(tensor_key(seed, self.matches[i].name), slot, step)))
             for slot, symbol in self.program.small_outputs.items()
             for i, target in enumerate(self._views[slot])
             if self.sizes[i]

@@ -93,7 +93,7 @@ class FunctionalShare:
     def keys(self) -> "np.ndarray[Any, Any]":
         """The keys of what is rounded at random in the coming step, all parameters after each other."""
         if not any(self._rounded):
-            return np.zeros((0, 2), np.uint32)
+            return np.zeros((0, 3), np.uint32)
         return round_keys(self.names, self._rounded, self.leaf.storage.options.seed, self.leaf.step)
 
     def slots(self) -> list[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from gradstep.program.kernel import FIELDS, ROWS
 from gradstep.program.threads import pool
 
 RUN = 16  # chunks that a thread grabs at once, at most
-GRAIN, STAMP = FIELDS.index("grain"), FIELDS.index("stamp")
+GRAIN, SHIFT = FIELDS.index("grain"), FIELDS.index("shift")
 GRABS = 16  # times that each thread should grab, at least, so that all end together
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
@@ -55,7 +55,7 @@ class Launch:
             "addresses": self.addresses,
             "tensors": tensors, "rows": empty if rows is None else rows,
             "scalars": empty if scalars is None else scalars, "dimensions": empty if dimensions is None else dimensions,
-            "keys": empty if keys is None else keys, "stamp": 0,
+            "keys": empty if keys is None else keys, "shift": 0,
         }  # fmt: skip
         self._alive = list(fields.values())
         values = [fields[name] for name in FIELDS]
@@ -69,9 +69,9 @@ class Launch:
         if row is not None:  # a copy without NumPy, whose own is slow while it is not in the cache
             ctypes.memmove(self._addresses + row * addresses.nbytes, start_of(addresses), addresses.nbytes)
 
-    def stamp(self, key: int) -> None:
-        """Set the key of the step, for rounding at random."""
-        self._job[STAMP] = key
+    def shift(self, word: int) -> None:
+        """Move the noise on to this step's, for rounding at random."""
+        self._job[SHIFT] = word
 
     def run(self) -> None:
         """Run the kernel over all chunks, on as many threads as are worth it."""

@@ -7,9 +7,9 @@ import numpy as np
 
 from gradstep.arrays.library import FunctionalLibrary
 from gradstep.program.formats import Format, codes_of, master_of, scales_of
-from gradstep.program.noise import mix, name_key, step_key
+from gradstep.program.noise import tensor_key
 from gradstep.program.program import Program
-from gradstep.program.rounding import decode, encode, noise, round_at_random
+from gradstep.program.rounding import decode, encode, key_words, noise, round_at_random
 
 
 class Packing:
@@ -33,7 +33,7 @@ class Packing:
     def _unpacked(self, place: str, kept: Format, arrays: Mapping[str, Any]) -> Any:
         on = self._on
         if kept.coded:
-            value = decode(on, kept.sign, arrays[codes_of(place)], arrays[scales_of(place)], by_row=self._by_row)
+            value = decode(on, kept, arrays[codes_of(place)], arrays[scales_of(place)], by_row=self._by_row)
             return on.cast(value, self._dtype)
         value = on.cast(arrays[place], self._dtype)
         if not kept.master:
@@ -44,7 +44,7 @@ class Packing:
         return on.call("where", on.bits(rounded) == on.bits(value), master, value)
 
     def pack(self, values: Mapping[str, Any], keys: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """The arrays that hold these values; `keys` gives both halves of the key of each that is rounded at random."""
+        """The arrays that hold these values; `keys` gives what the noise of those rounded at random begins with."""
         packed: dict[str, Any] = {}
         for place, value in values.items():
             packed |= self._packed(place, self._formats[place], value, keys.get(place))
@@ -55,9 +55,9 @@ class Packing:
         if kept.dtype == self._dtype:
             return {place: value}
         value = on.cast(value, "float32")
-        words = None if key is None else noise(on, key[0], key[1], value.shape)
+        words = None if key is None else noise(on, key, value.shape)
         if kept.coded:
-            codes, scales = encode(on, kept.sign, value, words, by_row=self._by_row)
+            codes, scales = encode(on, kept, value, words, by_row=self._by_row)
             return {codes_of(place): codes, scales_of(place): scales}
         if words is not None:
             return {place: on.cast(round_at_random(on, value, kept.dtype, words), kept.dtype)}
@@ -66,12 +66,14 @@ class Packing:
 
 def rounded_places(formats: Mapping[str, Format]) -> list[str]:
     """The places that are rounded at random."""
-    return [place for place, kept in formats.items() if kept.stochastic]
+    return [place for place, kept in formats.items() if kept.dithered]
 
 
 def round_keys(names: Sequence[str], places: Sequence[Sequence[str]], seed: int, step: int) -> np.ndarray[Any, Any]:
-    """The halves of the keys of all places of all parameters, in a row each."""
-    stamp = step_key(seed, step)
-    mixed = [mix(name_key(name) ^ stamp ^ name_key(place)) for name, each in zip(names, places, strict=True)
-             for place in each]  # fmt: skip
-    return np.array([(word & 0xFFFFFFFF, word >> 32) for word in mixed], np.uint32).reshape(-1, 2)
+    """What the noise of all places of all parameters begins with, in a row each."""
+    keys = [
+        key_words(tensor_key(seed, name), place, step)
+        for name, each in zip(names, places, strict=True)
+        for place in each
+    ]
+    return np.array(keys, np.uint32).reshape(-1, 3)

@@ -9,7 +9,6 @@ import numpy as np
 from gradstep.program.blocks import exact_sum
 from gradstep.program.formats import NARROW, Format
 from gradstep.program.graph import Kind, Symbol
-from gradstep.program.noise import mix
 from gradstep.program.rounding import noise, round_at_random
 
 Array = np.ndarray[Any, Any]
@@ -46,6 +45,10 @@ class NumPyWords:
         """See `WordOperations.word`."""
         return np.uint32(value)
 
+    def real(self, value: float) -> Any:
+        """See `WordOperations.real`."""
+        return np.float32(value)
+
     def count(self, length: int) -> Any:
         """See `WordOperations.count`."""
         return np.arange(length, dtype=np.uint32)
@@ -67,16 +70,15 @@ def widened(stored: Array, dtype: str, compute: str) -> Array:
     return stored.astype(compute, copy=False)
 
 
-def narrowed(value: Array, kept: Format, key: int) -> Array:
-    """The inverse, rounded as the format says."""
+def narrowed(value: Array, kept: Format, key: tuple[int, int, int]) -> Array:
+    """The inverse, rounded as the format says; `key` is what the noise begins with."""
     if kept.dtype not in NARROW:
         return value
     with np.errstate(all="ignore"):
         exact = value.astype(np.float32)
-        if kept.stochastic:
-            mixed = mix(key)
-            low, high = np.uint32(mixed & 0xFFFFFFFF), np.uint32(mixed >> 32)
-            exact = round_at_random(NUMPY_WORDS, exact, kept.dtype, noise(NUMPY_WORDS, low, high, value.shape))
+        if kept.dithered:
+            words = noise(NUMPY_WORDS, [np.uint32(word) for word in key], value.shape)
+            exact = round_at_random(NUMPY_WORDS, exact, kept.dtype, words)
         if kept.dtype == "float16":
             return exact.astype(np.float16).view(np.uint16)
     bits = exact.view(np.uint32)
