@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstep.program.kernel import KernelSource
+from gradstep.program.processor import architecture, cpu, triple
 
 # Kernels run with denormals kept and rounding to nearest, whatever mode the calling thread is in.
 X86_MODE = """
@@ -112,7 +113,7 @@ def arithmetic_ir() -> str:
 
 def module_ir(ir: str) -> str:
     """The module of `ir` for this machine, with the switches of the arithmetic mode."""
-    machine = _triple().partition("-")[0]
+    machine = architecture()
     mode = X86_MODE if machine == "x86_64" else ARM_MODE if machine in ("aarch64", "arm64") else OTHER_MODE
     return f"{mode}\n{ir}"
 
@@ -120,7 +121,7 @@ def module_ir(ir: str) -> str:
 def _compile(ir: str) -> bytes:
     llvm, make_target = _target()
     target = make_target()
-    module = llvm.parse_assembly(f'target triple = "{_triple()}"\n{ir}')
+    module = llvm.parse_assembly(f'target triple = "{triple()}"\n{ir}')
     module.verify()
     # The IR is already in vectors; what is left to LLVM is scheduling, registers and loop invariants.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
@@ -139,29 +140,15 @@ def _target() -> tuple[Any, Any]:
     llvm.initialize_native_asmprinter()
 
     def make() -> Any:
-        target: Any = llvm.Target.from_triple(_triple())
-        return target.create_target_machine(cpu=_cpu()[0], features=_cpu()[1], opt=2)
+        target: Any = llvm.Target.from_triple(triple())
+        return target.create_target_machine(cpu=cpu()[0], features=cpu()[1], opt=2)
 
     return llvm, make
 
 
-@functools.cache
-def _triple() -> str:
-    import llvmlite.binding as llvm
-
-    return llvm.get_process_triple()
-
-
-@functools.cache
-def _cpu() -> tuple[str, str]:
-    import llvmlite.binding as llvm
-
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-
-
 def _key(module: str) -> str:
     llvm, _ = _target()
-    parts = (module, repr(llvm.llvm_version_info), _triple(), *_cpu())
+    parts = (module, repr(llvm.llvm_version_info), triple(), *cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

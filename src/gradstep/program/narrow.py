@@ -1,5 +1,6 @@
 """LLVM IR that reads and writes what is narrower than float32: bfloat16, float16 and 8-bit codes."""
 
+from gradstep.program import processor
 from gradstep.program.formats import Format
 from gradstep.program.rounding import unit
 from gradstep.program.values import Code, literal, splat, vector
@@ -105,6 +106,9 @@ def widen(code: Code, dtype: str, bits: str, lanes: int) -> str:
     words = Words(code, lanes)
     if dtype == "bfloat16":
         return words.number_of(words.do("shl", words.widen(bits, 16), 16))
+    if processor.converts_float16():
+        half = code.let(f"bitcast {vector('i16', lanes)} {bits} to {vector('half', lanes)}")
+        return code.let(f"fpext {vector('half', lanes)} {half} to {words.floats}")
     return _widen_float16(words, bits)
 
 
@@ -114,6 +118,9 @@ def narrow(code: Code, dtype: str, value: str, noise: str | None, lanes: int) ->
     if dtype == "bfloat16":
         return words.cut(_round_bfloat16(words, value, noise), 16)
     rounded = value if noise is None else _round_float16_at_random(words, value, noise)
+    if processor.converts_float16():
+        half = code.let(f"fptrunc {words.floats} {rounded} to {vector('half', lanes)}")
+        return code.let(f"bitcast {vector('half', lanes)} {half} to {vector('i16', lanes)}")
     return words.cut(_narrow_float16(words, rounded), 16)
 
 
@@ -126,8 +133,7 @@ def _round_bfloat16(words: Words, value: str, noise: str | None) -> str:
     return words.select(words.order("uno", value, value), words.do("or", high, 0x40), rounded)
 
 
-# float16 in integer arithmetic, where it needs no more than multiplication by a power of two: the instructions for it
-# are missing on some processors, and LLVM then calls functions that are not there.
+# float16 in integer arithmetic, for processors that have no instructions for it.
 
 
 def _widen_float16(words: Words, half: str) -> str:

@@ -59,7 +59,7 @@ class Storage:
         self, owner: str, slots: Mapping[str, Kind], signs: Mapping[str, Sign], options: StorageOptions
     ) -> None:
         self.options = options
-        self._signs = {slot: signs.get(slot, "unknown") for slot in slots}
+        self._signs: dict[str, Sign] = {slot: signs.get(slot, "unknown") for slot in slots}
         self._dtypes = _slot_dtypes(owner, slots, options.slot_dtype)
         _check_rest(owner, options)
         self._stochastic, self._masters = options.rounding == "stochastic", options.master_weights
