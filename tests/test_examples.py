@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -34,3 +35,17 @@ def test_one_rule_gives_the_same_on_four_libraries() -> None:
     for values in results.values():
         assert values == pytest.approx(results["NumPy"], rel=1e-6)
     assert results["PyTorch"] == results["NumPy"]
+
+
+def test_narrow_numbers_train_as_well_as_float32_unless_they_round_small_steps_away() -> None:
+    model = example("low_precision")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small only wait for each other's threads
+    try:
+        losses = {way: model.train(dtype, options) for way, (dtype, options) in model.WAYS.items()}
+    finally:
+        torch.set_num_threads(threads)
+    exact, *others, nearest = losses.values()
+    assert exact < 2.2
+    assert others == pytest.approx([exact] * 4, rel=0.01)
+    assert nearest > 1.03 * exact
