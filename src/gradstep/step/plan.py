@@ -53,7 +53,7 @@ class Plan:
             share.matches = [
                 match(
                     library, name, params[name], grads[name],
-                    share.leaf.program(params[name].ndim, clipped=clipped), share.leaf.slots_of(name),
+                    share.leaf.program(name, params[name].ndim, clipped=clipped), share.leaf.slots_of(name),
                 )
                 for name in share.names
             ]  # fmt: skip
