@@ -10,6 +10,7 @@ import pytest
 
 import gradstep as gs
 from families import FAMILIES, Kwargs, configurations, public_optimizers
+from gradstep.options import DEFAULTS
 
 Array = np.ndarray[Any, Any]
 Slots = dict[str, Array]
@@ -163,7 +164,7 @@ def test_every_public_optimizer_has_a_row_and_a_formula():
 
 def test_the_rows_set_every_hyperparameter_of_every_family():
     for cls in public_optimizers():
-        fields = set(inspect.signature(cls).parameters) - {"clip_norm", "nonfinite", "donate"}
+        fields = set(inspect.signature(cls).parameters) - set(DEFAULTS)
         assert fields == {name for row in FAMILIES[cls.__name__] for name in row}, cls
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import gradstep as gs
 from families import configurations, public_optimizers
+from gradstep.options import DEFAULTS
 
 mx = pytest.importorskip("mlx.core")
 oracle = pytest.importorskip("mlx.optimizers")
@@ -53,8 +54,7 @@ def test_parameters_and_slots_follow_mlx(cls, kwargs):
 def test_arguments_and_defaults_are_those_of_mlx(cls):
     def arguments(owner: type) -> dict[str, Any]:
         parameters = inspect.signature(owner).parameters
-        ours = ("clip_norm", "nonfinite", "donate")
-        defaults = {name: p.default for name, p in parameters.items() if name not in ours}
+        defaults = {name: p.default for name, p in parameters.items() if name not in DEFAULTS}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
 
     ours, theirs = arguments(cls), arguments(getattr(oracle, cls.__name__))

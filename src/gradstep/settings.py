@@ -217,7 +217,7 @@ def _choices(field: Field, label: str, mapping: Mapping[object, object]) -> dict
             "parameters that differ in it belong to different optimizers: see MultiOptimizer"
         )
     if not mapping:
-        raise ConfigurationError(f"{label} is an empty mapping, which has no value for any parameter; write {{'*': …}}")
+        raise ArgumentTypeError(f"{label} is an empty mapping, which gives no parameter a number; write {{'*': …}}")
     choices: dict[str, Choice] = {}
     known: dict[tuple[str, int], Cell] = {}
     for glob, value in mapping.items():

@@ -68,7 +68,8 @@ class Leaf:
         if not settings.mapped:
             self._family.check_together(settings.given)
         elif same:  # else groups are checked when they come up again
-            for group, name in {group: name for name, group in self._groups.items()}.items():
+            firsts = {group: name for name, group in reversed(self._groups.items())}
+            for group, name in firsts.items():
                 self._check_group(settings.of(group), name)
         if not same:
             self._programs, self._groups = {}, {}
