@@ -453,7 +453,7 @@ def test_a_parameter_that_comes_late_counts_its_own_steps() -> None:
 
 def test_names_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    opt = gs.SGD({"embed*": 0.1, "*": lambda step: 0.2 + step})
+    opt = gs.SGD({"embed*": 0.1, "*": lambda step: 0.2 + step}, weight_decay={"*bias": 0.5, "*": 0})
     look = type(opt._leaf.settings).group_of
     monkeypatch.setattr(type(opt._leaf.settings), "group_of", lambda self, name: asked.append(name) or look(self, name))
     train(opt)

@@ -41,7 +41,8 @@ class Adafactor(RuleOptimizer):
     ```
 
     Args:
-        learning_rate: a number or a schedule; None for the relative step.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be; None for
+            the relative step.
         eps: added to the squared gradient, > 0; and the least root mean square of a parameter, >= 0.
         clip_threshold: the root mean square that an update may have, > 0.
         decay_rate: the exponent of the running means' decay, <= 0.

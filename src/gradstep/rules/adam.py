@@ -19,7 +19,7 @@ class Adam(RuleOptimizer):
     own step count.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         betas: how much of the running means `m` and `v` is kept, each in [0, 1).
         eps: added to the root, >= 0.
         bias_correction: make up for the means' start at zero.
@@ -69,7 +69,7 @@ class AdamW(RuleOptimizer):
     own step count.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         betas: how much of the running means `m` and `v` is kept, each in [0, 1).
         eps: added to the root, >= 0.
         weight_decay: how fast weights shrink, in units of the learning rate, >= 0.

@@ -16,7 +16,7 @@ class Adamax(RuleOptimizer):
     ```
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         betas: how much of the running mean and of the maximum is kept, each in [0, 1).
         eps: added to the maximum, >= 0.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.

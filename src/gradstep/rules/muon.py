@@ -21,7 +21,7 @@ class Muon(RuleOptimizer):
     and are better given to another optimizer: see `MultiOptimizer`.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         momentum: how much of the running mean is kept, in [0, 1).
         weight_decay: the factor of the L2 penalty's gradient, >= 0.
         nesterov: look ahead by one momentum step.

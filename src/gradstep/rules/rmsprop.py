@@ -15,7 +15,7 @@ class RMSprop(RuleOptimizer):
     ```
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         alpha: how much of the running mean is kept, in [0, 1).
         eps: added to the root, > 0.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.

@@ -54,11 +54,6 @@ class Leaf:
 
     # Hyperparameters
 
-    @property
-    def name(self) -> str:
-        """The name of the optimizer's class."""
-        return self._family.__name__
-
     def change(self, settings: Settings) -> None:
         """Adopt other hyperparameters, if they go together.
 
