@@ -139,15 +139,9 @@ class Settings:
         return self._read(name, lambda cell: cell.upcoming(step)) if name in self.given else None
 
     def _read(self, name: str, value_of: Callable[[Cell], float]) -> Any:
-        def read(choice: Choice) -> Any:
-            if not choice.cells:
-                return choice.given
-            values = tuple(map(value_of, choice.cells))
-            return values if isinstance(self._fields[name], Pair) else values[0]
-
         if name in self._choices:
-            return {glob: read(choice) for glob, choice in self._choices[name].items()}
-        return read(Choice(self.given[name], self._cells[name]))
+            return {glob: _read(given, cells, value_of) for glob, (given, cells) in self._choices[name].items()}
+        return _read(self.given[name], self._cells[name], value_of)
 
     def upcoming(self, step: int) -> dict[str, float]:
         """The value of every scalar of a group for `step`, by the name of its symbol."""
@@ -195,6 +189,13 @@ class Settings:
     def removable(self) -> list[str]:
         """See `Field.removable`."""
         return [symbol for field in self._fields.values() for symbol in field.removable]
+
+
+def _read(given: Any, cells: list[Cell], value_of: Callable[[Cell], float]) -> Any:
+    """The value of one scalar, of a pair, or the configuration that was given."""
+    if len(cells) == 1:
+        return value_of(cells[0])
+    return tuple(map(value_of, cells)) if cells else given
 
 
 def _is_by_name(field: Field, value: object) -> bool:

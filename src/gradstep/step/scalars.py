@@ -1,7 +1,7 @@
 """The values of a program's scalar expressions for all tensors of a batch, in as few rows as there are differences."""
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,11 +27,13 @@ class ScalarTable:
         axes = sorted(set(self._scalars.dimensions))
         # An empty parameter has no use for its scalars, but they are computed: no length is 0.
         self._shapes = [{axis: shape[axis] or 1 for axis in axes} for shape in shapes]
-        self._groups = [leaf.group(name) for name in names]
-        self._distinct = list(dict.fromkeys(self._groups))
+        groups = [leaf.group(name) for name in names]
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        self._groups = list(numbers)
+        self._places = [numbers[group] for group in groups]  # where each tensor's group stands
         self._needs_count = "t" in self._scalars.hyperparameters
         self._ledger_rows = leaf.reserve(names).tolist()
-        height = len(names) if self._needs_count or axes else len(self._distinct)
+        height = len(names) if self._needs_count or axes else len(self._groups)
         self.values: Doubles = np.zeros((height, max(len(self._scalars), 1)))
         self.rows: Integers = np.zeros(len(names), np.int64)
         self._row = struct.Struct(f"{len(self._scalars)}d")
@@ -46,22 +48,25 @@ class ScalarTable:
 
     def fill(self, clip_scale: float = 1.0) -> None:
         """Check the hyperparameters in the compute dtype, and compute the scalars of the coming step."""
-        for group in self._distinct:
+        known: list[dict[str, float]] = []
+        bits = b""
+        for group in self._groups:
             self._leaf.check_rounded(self._dtype, group)
+            values = {**self._leaf.scalars(group), "clip_scale": clip_scale}
+            known.append(values)
+            bits += struct.pack(f"{len(values)}d", *values.values())  # tells 0.0 from -0.0
         if not self._scalars:
             return
         if not self._owners or (self._needs_count and self._leaf.step != self._expected_step):
             self._share_rows()  # not the step after this table's last: counts may have parted
-        known = {group: {**self._leaf.scalars(group), "clip_scale": clip_scale} for group in self._distinct}
-        bits = None if self._needs_count else b"".join(map(_bits, known.values()))
-        if bits is not None and bits == self._known:
+        if not self._needs_count and bits == self._known:
             return
         self._known = None  # until the table has been filled
         for row, tensor in enumerate(self._owners):
             count = {"t": self._leaf.count(self._ledger_rows[tensor]) + 1} if self._needs_count else {}
-            hyperparameters = known[self._groups[tensor]] | count
-            values = self._scalars.evaluate(hyperparameters, self._shapes[tensor], self._dtype)
-            self._row.pack_into(self.values.data, row * self._row.size, *values)
+            arguments = known[self._places[tensor]] | count
+            results = self._scalars.evaluate(arguments, self._shapes[tensor], self._dtype)
+            self._row.pack_into(self.values.data, row * self._row.size, *results)
         self._known = bits
 
     def advance(self) -> None:
@@ -71,15 +76,10 @@ class ScalarTable:
 
     def _share_rows(self) -> None:
         self._known, self._owners = None, []
-        rows: dict[object, int] = {}
+        rows: dict[tuple[int, ...], int] = {}
         for tensor, shape in enumerate(self._shapes):
             count = self._leaf.count(self._ledger_rows[tensor]) if self._needs_count else 0
-            row = rows.setdefault((count, *shape.values(), self._groups[tensor]), len(rows))
+            row = rows.setdefault((self._places[tensor], count, *shape.values()), len(rows))
             if row == len(self._owners):
                 self._owners.append(tensor)
             self.rows[tensor] = row
-
-
-def _bits(known: Mapping[str, float]) -> bytes:
-    """The values bit for bit, which tells 0.0 from -0.0."""
-    return struct.pack(f"{len(known)}d", *known.values())
