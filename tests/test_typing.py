@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import gradstep as gs
+
 PYRIGHT = shutil.which("pyright", path=str(Path(sys.executable).parent)) or shutil.which("pyright")
 
 pytestmark = pytest.mark.skipif(PYRIGHT is None, reason="pyright is not installed")
@@ -115,7 +117,12 @@ WRONG = [
     "gs.Optimizer()",
 ]
 
-SETTINGS = {"typeCheckingMode": "standard", "pythonVersion": "3.11", "reportAttributeAccessIssue": "error"}
+SETTINGS = {
+    "typeCheckingMode": "standard",
+    "pythonVersion": "3.11",
+    "reportAttributeAccessIssue": "error",
+    "extraPaths": [str(Path(gs.__file__).parents[1])],  # the package under test, wherever another one is installed
+}
 
 
 @functools.cache
