@@ -367,7 +367,7 @@ def test_any_kind_of_number_serves(cls: Any, name: str, value: Any) -> None:
 @pytest.mark.parametrize(("cls", "name"), PAIRS)
 @pytest.mark.parametrize(
     "value",
-    [0.9, (0.9,), (0.9, 0.99, 0.999), [], "ab", {0.9: 1, 0.99: 2}, {0.9, 0.99}, None, iter((0.9, 0.99))],
+    [0.9, (0.9,), (0.9, 0.99, 0.999), [], "ab", {0.9, 0.99}, None, iter((0.9, 0.99))],
     ids=spelled,
 )
 def test_a_pair_has_two_parts(cls: Any, name: str, value: Any) -> None:

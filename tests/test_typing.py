@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import gradstep as gs
+
 PYRIGHT = shutil.which("pyright", path=str(Path(sys.executable).parent)) or shutil.which("pyright")
 
 pytestmark = pytest.mark.skipif(PYRIGHT is None, reason="pyright is not installed")
@@ -33,19 +35,25 @@ opt.init(params)
 opt.preflight()
 assert_type(opt.step, int)
 assert_type(opt.steps, dict[str, int])
-assert_type(opt.learning_rate, float)
+assert_type(opt.learning_rate, float | dict[str, float])
 opt.learning_rate = 1e-4
 opt.learning_rate = gs.linear_schedule(0.0, 1.0, 10)
 opt.learning_rate = lambda step: 1 / (step + 1)
 opt.betas = [0.9, gs.exponential_decay(0.9, 0.99)]
-assert_type(opt.betas, tuple[float, float])
+assert_type(opt.betas, tuple[float, float] | dict[str, tuple[float, float]])
 assert_type(opt.bias_correction, bool)
+opt.weight_decay = {"*.bias": 0, "*": 0.1}
+opt.betas = {"embed.*": (0.9, gs.exponential_decay(0.9, 0.99)), "*": (0.9, 0.999)}
+gs.AdamW({"embed.*": 1e-4, "*": gs.cosine_decay(1e-3, 1000)}, frozen=["embed.*"]).describe(nested)
+opt.frozen = ["embed.*"]
+assert_type(opt.frozen, tuple[str, ...])
 opt.clip_norm = None
 opt.nonfinite = "raise"
 report = opt.report
 if report is not None:
     assert_type(report, gs.Report)
     assert_type(report.grad_norm, float | None)
+    assert_type(report.learning_rate, float | dict[str, float | None] | None)
     assert_type(report.culprits, tuple[str, ...])
 for name, slots in opt.state.items():
     assert_type(name, str)
@@ -55,7 +63,8 @@ assert_type(clipped, dict[str, Array])
 assert_type(norm, float)
 gs.SGD(0.1, momentum=0.9, nesterov=True, clip_norm=1.0, nonfinite="skip")
 gs.Adafactor()
-assert_type(gs.Adafactor().learning_rate, float | None)
+assert_type(gs.Adafactor().learning_rate, float | dict[str, float | None] | None)
+gs.Adafactor({"embed.*": 0.1, "*": None})
 gs.Adafactor(None, beta_1=0.9, relative_step=True).learning_rate = None
 gs.Muon(np.float32(0.1), ns_steps=5)
 multi = gs.MultiOptimizer([gs.Muon(0.02), opt], [lambda name, parameter: parameter.ndim == 2], clip_norm=1.0)
@@ -83,6 +92,12 @@ WRONG = [
     "gs.AdamW(0.1, betas=0.9)",
     'gs.AdamW(0.1, betas=("a", "b"))',
     "gs.AdamW(0.1, weight_decay=None)",
+    'gs.AdamW(0.1, weight_decay={"*": None})',
+    'gs.AdamW({"*": "fast"})',
+    "gs.AdamW({1: 0.1})",
+    'gs.AdamW(0.1, betas={"*": 0.9})',
+    'gs.AdamW(0.1, bias_correction={"*": True})',
+    "gs.AdamW(0.1, frozen=3)",
     "gs.AdamW(0.1, bias_correction=1.5)",
     'gs.AdamW(0.1, nonfinite="ignore")',
     'gs.AdamW(0.1, clip_norm="1")',
@@ -102,7 +117,12 @@ WRONG = [
     "gs.Optimizer()",
 ]
 
-SETTINGS = {"typeCheckingMode": "standard", "pythonVersion": "3.11", "reportAttributeAccessIssue": "error"}
+SETTINGS = {
+    "typeCheckingMode": "standard",
+    "pythonVersion": "3.11",
+    "reportAttributeAccessIssue": "error",
+    "extraPaths": [str(Path(gs.__file__).parents[1])],  # the package under test, wherever another one is installed
+}
 
 
 @functools.cache

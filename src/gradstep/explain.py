@@ -13,9 +13,10 @@ from gradstep.program.program import Program, Sweep, is_input, place_of
 
 
 def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool = True) -> None:
-    """Print the program of each rule in `opt`: its formulas, what it reads and writes, and its LLVM IR.
+    """Print the programs of each rule in `opt`: formulas, what is read and written, and the LLVM IR.
 
-    A prime marks new values: `m'` is what `m` becomes.
+    A rule has more than one where a mapping removes a term for some parameters; each then says for which globs. A prime
+    marks new values: `m'` is what `m` becomes.
 
     Args:
         opt: any optimizer.
@@ -45,12 +46,24 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
         raise DtypeError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
     clipped = opt.clip_norm is not None
     leaves = opt._leaves()  # pyright: ignore[reportPrivateUsage]
-    print("\n\n".join(_explain(leaf.program(ndim, clipped=clipped), ndim, dtype, ir) for leaf in leaves))
+    programs = [found for leaf in leaves for found in _programs(leaf.programs(ndim, clipped=clipped))]
+    print("\n\n".join(_explain(program, uses, ndim, dtype, ir) for program, uses in programs))
 
 
-def _explain(program: Program, ndim: int, dtype: str, ir: bool) -> str:
+def _programs(variants: list[tuple[dict[str, list[str]], Program]]) -> list[tuple[Program, list[str]]]:
+    """Each program once, with the globs that lead to it where globs make a difference."""
+    found: dict[int, tuple[Program, list[str]]] = {}
+    for globs, program in variants:
+        telling = [name for name in globs if any(others[name] != globs[name] for others, _ in variants)]
+        use = " and ".join(f"{name} from {', '.join(map(repr, globs[name]))}" for name in telling)
+        found.setdefault(id(program), (program, []))[1].append(use)
+    return list(found.values())
+
+
+def _explain(program: Program, uses: list[str], ndim: int, dtype: str, ir: bool) -> str:
     text = _Text(program)
-    lines = [_headline(program, ndim, dtype), *text.scalars(dtype)]
+    lines = [_headline(program, ndim, dtype), *(f"  for parameters with {use}" for use in uses if use)]
+    lines += text.scalars(dtype)
     for number, sweep in enumerate(program.sweeps):
         lines += [*text.sweep(sweep, number), *text.after(number)]
     if ir:

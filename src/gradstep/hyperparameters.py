@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, SupportsFloat, TypeAlias, cast, overload
+from typing import Any, ClassVar, NamedTuple, Protocol, SupportsFloat, TypeAlias, cast, overload
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from gradstep.program.graph import Trace
 
 ScalarLike: TypeAlias = SupportsFloat | Schedule
 PairLike: TypeAlias = Sequence[ScalarLike]
+# What attributes read as: the value last resolved, or one for each glob of a mapping.
+Number: TypeAlias = float | dict[str, float]
+OptionalNumber: TypeAlias = float | dict[str, float | None] | None
+Numbers: TypeAlias = tuple[float, float] | dict[str, tuple[float, float]]
 
 
 class Check(NamedTuple):
@@ -131,6 +135,8 @@ class Owner(Protocol):
 class Field:
     """A declared hyperparameter; reads and writes it on the optimizer."""
 
+    by_name: ClassVar[bool] = False  # whether parameters may differ in it: a mapping from glob to value
+
     def __init__(self, *, default: object, kw_only: bool) -> None:
         self.default, self.kw_only = default, kw_only
         self.name = ""
@@ -138,11 +144,11 @@ class Field:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def cells(self, owner: str, value: object) -> list[Cell]:
-        """The scalars that the value is made of; none for configuration."""
+    def cells(self, label: str, value: object) -> list[Cell]:
+        """The scalars that the value is made of; none for configuration. Errors name it by the label."""
         return []
 
-    def configuration(self, owner: str, value: object) -> Any:
+    def configuration(self, label: str, value: object) -> Any:
         """The value of configuration, checked."""
         return value
 
@@ -160,12 +166,14 @@ REQUIRED: Any = object()
 
 
 class _ScalarField(Field):
+    by_name = True
+
     def __init__(self, default: object, check: Check, *, kw_only: bool, removable: bool) -> None:
         super().__init__(default=default, kw_only=kw_only)
         self._check, self._removable = check, removable
 
-    def cells(self, owner: str, value: object) -> list[Cell]:
-        return [Cell(f"{owner}'s {self.name}", self.name, self._check, value)]
+    def cells(self, label: str, value: object) -> list[Cell]:
+        return [Cell(label, self.name, self._check, value)]
 
     def argument(self, trace: Trace, value: object) -> Any:
         if self._removable and not callable(value) and value == 0:
@@ -178,16 +186,16 @@ class _ScalarField(Field):
 
 
 class Scalar(_ScalarField):
-    """A number, or a schedule of numbers. Reads as the value last resolved."""
+    """A number, or a schedule of numbers, or a mapping of them by glob. Reads as the value last resolved."""
 
     @overload
     def __get__(self, instance: None, owner: type) -> "Scalar": ...
     @overload
-    def __get__(self, instance: Owner, owner: type) -> float: ...
-    def __get__(self, instance: Owner | None, owner: type) -> "Scalar | float":
+    def __get__(self, instance: Owner, owner: type) -> Number: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "Scalar | Number":
         return self if instance is None else instance.get_hyperparameter(self.name)
 
-    def __set__(self, instance: Owner, value: ScalarLike) -> None:
+    def __set__(self, instance: Owner, value: ScalarLike | Mapping[str, ScalarLike]) -> None:
         instance.set_hyperparameters({self.name: value})
 
 
@@ -197,22 +205,24 @@ class OptionalScalar(_ScalarField):
     @overload
     def __get__(self, instance: None, owner: type) -> "OptionalScalar": ...
     @overload
-    def __get__(self, instance: Owner, owner: type) -> float | None: ...
-    def __get__(self, instance: Owner | None, owner: type) -> "OptionalScalar | float | None":
+    def __get__(self, instance: Owner, owner: type) -> OptionalNumber: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "OptionalScalar | OptionalNumber":
         return self if instance is None else instance.get_hyperparameter(self.name)
 
-    def __set__(self, instance: Owner, value: ScalarLike | None) -> None:
+    def __set__(self, instance: Owner, value: ScalarLike | Mapping[str, ScalarLike | None] | None) -> None:
         instance.set_hyperparameters({self.name: value})
 
-    def cells(self, owner: str, value: object) -> list[Cell]:
-        return [] if value is None else super().cells(owner, value)
+    def cells(self, label: str, value: object) -> list[Cell]:
+        return [] if value is None else super().cells(label, value)
 
     def argument(self, trace: Trace, value: object) -> Any:
         return None if value is None else super().argument(trace, value)
 
 
 class Pair(Field):
-    """Two numbers, each fixed or a schedule. Reads as the two values last resolved."""
+    """Two numbers, each fixed or a schedule, or a mapping of such pairs by glob. Reads as the values last resolved."""
+
+    by_name = True
 
     def __init__(self, default: object, symbols: tuple[str, str], checks: tuple[Check, Check]) -> None:
         super().__init__(default=default, kw_only=True)
@@ -221,19 +231,19 @@ class Pair(Field):
     @overload
     def __get__(self, instance: None, owner: type) -> "Pair": ...
     @overload
-    def __get__(self, instance: Owner, owner: type) -> tuple[float, float]: ...
-    def __get__(self, instance: Owner | None, owner: type) -> "Pair | tuple[float, float]":
+    def __get__(self, instance: Owner, owner: type) -> Numbers: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "Pair | Numbers":
         return self if instance is None else instance.get_hyperparameter(self.name)
 
-    def __set__(self, instance: Owner, value: PairLike) -> None:
+    def __set__(self, instance: Owner, value: PairLike | Mapping[str, PairLike]) -> None:
         instance.set_hyperparameters({self.name: value})
 
-    def cells(self, owner: str, value: object) -> list[Cell]:
+    def cells(self, label: str, value: object) -> list[Cell]:
         both = list(cast("PairLike", value)) if _is_sequence(value) else []
         if len(both) != 2:
-            raise ArgumentTypeError(f"{owner}'s {self.name} must be two numbers or schedules, got {value!r}")
+            raise ArgumentTypeError(f"{label} must be two numbers or schedules, got {value!r}")
         return [
-            Cell(f"{owner}'s {self.name}[{i}]", symbol, check, part)
+            Cell(f"{label}[{i}]", symbol, check, part)
             for i, (symbol, check, part) in enumerate(zip(self.symbols, self.checks, both, strict=True))
         ]
 
@@ -257,8 +267,8 @@ class Flag(Field):
     def __set__(self, instance: Owner, value: bool) -> None:
         instance.set_hyperparameters({self.name: value})
 
-    def configuration(self, owner: str, value: object) -> bool:
-        return _truth(f"{owner}'s {self.name}", value, "True or False")
+    def configuration(self, label: str, value: object) -> bool:
+        return _truth(label, value, "True or False")
 
 
 class OptionalFlag(Field):
@@ -277,14 +287,14 @@ class OptionalFlag(Field):
     def __set__(self, instance: Owner, value: bool | None) -> None:
         instance.set_hyperparameters({self.name: value})
 
-    def configuration(self, owner: str, value: object) -> bool | None:
-        return None if value is None else _truth(f"{owner}'s {self.name}", value, "True, False or None")
+    def configuration(self, label: str, value: object) -> bool | None:
+        return None if value is None else _truth(label, value, "True, False or None")
 
 
-def _truth(what: str, value: object, expected: str) -> bool:
+def _truth(label: str, value: object, expected: str) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(cast("bool", value))
-    raise ArgumentTypeError(f"{what} must be {expected}, got {value!r}")
+    raise ArgumentTypeError(f"{label} must be {expected}, got {value!r}")
 
 
 class Count(Field):
@@ -303,11 +313,11 @@ class Count(Field):
     def __set__(self, instance: Owner, value: int) -> None:
         instance.set_hyperparameters({self.name: value})
 
-    def configuration(self, owner: str, value: object) -> int:
+    def configuration(self, label: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ArgumentTypeError(f"{owner}'s {self.name} must be a whole number, got {value!r}")
+            raise ArgumentTypeError(f"{label} must be a whole number, got {value!r}")
         if value < 1:
-            raise OutOfRangeError(f"{owner}'s {self.name} must be >= 1, got {value}")
+            raise OutOfRangeError(f"{label} must be >= 1, got {value}")
         return int(cast("int", value))
 
 
@@ -320,12 +330,12 @@ class Static(Field):
     def __set__(self, instance: Owner, value: object) -> None:
         instance.set_hyperparameters({self.name: value})
 
-    def configuration(self, owner: str, value: object) -> Any:
+    def configuration(self, label: str, value: object) -> Any:
         try:
             hash(value)
         except TypeError:
             raise ArgumentTypeError(
-                f"{owner}'s {self.name} is configuration and must not change by itself, so it must be hashable; "
+                f"{label} is configuration and must not change by itself, so it must be hashable; "
                 f"got a {type(value).__name__}: use a tuple instead of a list"
             ) from None
         return value

@@ -7,6 +7,7 @@ from typing import Any
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Optimizer
 from gradstep.options import Policy
+from gradstep.report import Rate
 from gradstep.state import StateView
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Awaited, Outcome
@@ -26,6 +27,7 @@ class MultiOptimizer(Optimizer):
         clip_norm: clip the gradients of all children together to this global norm; None for not at all.
         nonfinite: "allow", "raise" or "skip" when any gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:
         ConfigurationError: numbers that do not match, a child given twice, or a child with options of its own.
@@ -48,13 +50,14 @@ class MultiOptimizer(Optimizer):
         clip_norm: float | None = None,
         nonfinite: Policy = "allow",
         donate: bool = False,
+        frozen: Sequence[str] = (),
     ) -> None:
         self._children = self._checked(optimizers)
         self._filters = _checked_filters(filters, len(self._children))
         self._routes: dict[str, int] = {}
         self._step = 0
         self._awaited = Awaited()
-        super().__init__(clip_norm=clip_norm, nonfinite=nonfinite, donate=donate)
+        super().__init__(clip_norm=clip_norm, nonfinite=nonfinite, donate=donate, frozen=frozen)
         self._check_options()
 
     @property
@@ -73,7 +76,7 @@ class MultiOptimizer(Optimizer):
         return {}
 
     @property
-    def learning_rate(self) -> float | None:
+    def learning_rate(self) -> Rate:
         """The first child's rate. It cannot be set here."""
         return getattr(self._children[0], "learning_rate", None)
 
@@ -91,19 +94,25 @@ class MultiOptimizer(Optimizer):
     def steps(self) -> dict[str, int]:
         return {name: count for child in self._children for name, count in child.steps.items()}
 
-    def _coming_rate(self) -> float | None:
+    def _coming_rate(self) -> Rate:
         return self._children[0]._coming_rate()
 
     def _leaves(self) -> list[Leaf]:
         return [leaf for child in self._children for leaf in child._leaves()]
 
-    def _route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
+    def _route(self, params: Mapping[str, Any], *, remember: bool = True) -> list[tuple[Leaf, list[str]]]:
         shares: list[dict[str, Any]] = [{} for _ in self._children]
+        routes = self._routes if remember else dict(self._routes)
         for name, parameter in params.items():
-            if name not in self._routes:
-                self._routes[name] = self._claim(name, parameter)
-            shares[self._routes[name]][name] = parameter
-        return [part for child, share in zip(self._children, shares, strict=True) for part in child._route(share)]
+            if name not in routes:
+                routes[name] = self._claim(name, parameter)
+            shares[routes[name]][name] = parameter
+        parts = zip(self._children, shares, strict=True)
+        return [part for child, share in parts for part in child._route(share, remember=remember)]
+
+    def _titles(self) -> list[str]:
+        titles = [(place, title) for place, child in enumerate(self._children) for title in child._titles()]
+        return [f"[{place}]{title if title.startswith('[') else f' {title}'}" for place, title in titles]
 
     @staticmethod
     def _checked(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
@@ -138,8 +147,8 @@ class MultiOptimizer(Optimizer):
         for child in self._children:
             if child._has_options:
                 raise ConfigurationError(
-                    f"{child!r} has clip_norm, nonfinite or donate set, but a step of a MultiOptimizer is one step: "
-                    "set them on the outermost MultiOptimizer"
+                    f"{child!r} has clip_norm, nonfinite, donate or frozen set, but a step of a MultiOptimizer is one "
+                    "step: set them on the outermost MultiOptimizer"
                 )
             child._check_options()
 

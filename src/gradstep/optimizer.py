@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, TypeVar, cas
 import numpy as np
 
 from gradstep.arrays.library import OTHER, STAYED, recognise
+from gradstep.describe import Route, describe
 from gradstep.errors import (
     NonFiniteGradientError,
     UnknownParameterError,
 )
 from gradstep.interrupts import InterruptsHeld
-from gradstep.options import DEFAULTS, ClipNorm, Donate, NonFinite, Policy
+from gradstep.options import DEFAULTS, ClipNorm, Donate, Frozen, NonFinite, Policy, thawed
 from gradstep.program.arithmetic import IeeeArithmetic
-from gradstep.report import AwaitedReport, Report
+from gradstep.report import AwaitedReport, Rate, Report
 from gradstep.step.functional import FunctionalPlan, Look, refuse_shared, refuse_tracing
 from gradstep.step.inspection import Inspection, clip_scale
 from gradstep.step.leaf import Leaf
@@ -42,28 +43,43 @@ class Optimizer(ABC):
     clip_norm: ClipNorm = ClipNorm()
     nonfinite: NonFinite = NonFinite()
     donate: Donate = Donate()
+    frozen: Frozen = Frozen()
     _clip_norm: float | None
     _nonfinite: Policy
     _donate: bool
+    _frozen: tuple[str, ...]
 
-    def __init__(self, *, clip_norm: float | None, nonfinite: Policy, donate: bool) -> None:
+    def __init__(self, *, clip_norm: float | None, nonfinite: Policy, donate: bool, frozen: Sequence[str]) -> None:
         self._register()
         self._report: Report | AwaitedReport | None = None
         self.clip_norm = clip_norm
         self.nonfinite = nonfinite
         self.donate = donate
+        self.frozen = frozen
 
     @abstractmethod
     def _leaves(self) -> list[Leaf]:
         """The optimizers with rules, in order; this one itself when it has a rule."""
 
     @abstractmethod
-    def _route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
-        """Which leaf takes which parameters; each leaf appears once."""
+    def _route(self, params: Mapping[str, Any], *, remember: bool = True) -> list[tuple[Leaf, list[str]]]:
+        """Which leaf takes which parameters; each leaf appears once. `remember`: filters are not asked again."""
+
+    def _assign(self, params: Mapping[str, Any], *, remember: bool = True) -> list[tuple[Leaf, list[str]]]:
+        """The same, with the group of every parameter looked up: errors belong before anything is allocated."""
+        routes = self._route(params, remember=remember)
+        for leaf, names in routes:
+            for name in names:
+                leaf.group(name)
+        return routes
 
     @abstractmethod
     def _check_options(self) -> None:
         """Raise when the options of this optimizer and its children do not go together."""
+
+    @abstractmethod
+    def _titles(self) -> list[str]:
+        """What the leaves are called in a table."""
 
     @abstractmethod
     def _family(self) -> "list[Optimizer]":
@@ -106,7 +122,7 @@ class Optimizer(ABC):
         """How many steps each parameter has taken."""
 
     @abstractmethod
-    def _coming_rate(self) -> float | None:
+    def _coming_rate(self) -> Rate:
         """The learning rate of the coming step, resolved before."""
 
     def init(self, params: object) -> None:
@@ -121,15 +137,16 @@ class Optimizer(ABC):
         self._exclusively(lambda: self._init(params))
 
     def _init(self, params: object) -> None:
-        named = named_arrays(params, "params")
+        everything = named_arrays(params, "params")
+        named = thawed(everything, self._frozen)
         library = recognise(params=named)
         if library.in_place is True:
-            refuse_overlap(library, named, {})
+            refuse_overlap(library, named, {name: everything[name] for name in everything if name not in named})
         else:
             refuse_tracing(library, list(named.values()))
-            refuse_shared(named, named)
+            refuse_shared(everything, named)
         self._forget_routes()
-        fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._route(named)]
+        fresh = [(leaf, leaf.fresh({n: named[n] for n in names})) for leaf, names in self._assign(named)]
         self._plan = None  # it holds the old slots
         with InterruptsHeld():
             for leaf, state in fresh:
@@ -137,7 +154,37 @@ class Optimizer(ABC):
 
     @abstractmethod
     def _forget_routes(self) -> None:
-        """Let filters be asked again."""
+        """Let filters be asked again, and groups looked up."""
+
+    def describe(self, params: object) -> None:
+        """Print which parameter gets what: a table of their hyperparameters, as given, and the slots they have.
+
+        Nothing is allocated or changed.
+
+        Args:
+            params: a mapping from name to array, or a nested dict, list or tuple of them.
+
+        Raises:
+            ConfigurationError: a mapping has no value for a parameter, or its values do not go together.
+            ArgumentTypeError: an entry is no array.
+
+        Example:
+            >>> import gradstep as gs, numpy as np
+            >>> opt = gs.SGD({"*.bias": 0.1, "*": 0.01}, momentum=0.9, frozen=["embed*"])
+            >>> opt.describe({"embed": np.ones((9, 2)), "layer": {"weight": np.ones((2, 2)), "bias": np.ones(2)}})
+            parameter     shape   dtype    learning_rate  momentum  weight_decay  dampening  slots
+            embed         (9, 2)  float64  frozen
+            layer.weight  (2, 2)  float64  0.01           0.9       0.0           0.0        v
+            layer.bias    (2,)    float64  0.1            0.9       0.0           0.0        v
+        """
+        print(self._exclusively(lambda: self._describe(params)))
+
+    def _describe(self, params: object) -> str:
+        self._check_options()
+        named = named_arrays(params, "params")
+        routes = self._assign(thawed(named, self._frozen), remember=False)
+        parts = zip(self._titles(), routes, strict=True)
+        return describe(named, [Route(title, leaf, names) for title, (leaf, names) in parts])
 
     def preflight(self) -> None:
         """Resolve and check this step's schedules. A second call at the same step does nothing.
@@ -231,9 +278,7 @@ class Optimizer(ABC):
             self._count_step(outcome)
             self._report = AwaitedReport(lambda: self._read_report(plan, look, outcome, rate))
 
-    def _read_report(
-        self, plan: FunctionalPlan, look: Look | None, outcome: Outcome | None, rate: float | None
-    ) -> Report:
+    def _read_report(self, plan: FunctionalPlan, look: Look | None, outcome: Outcome | None, rate: Rate) -> Report:
         norm, culprits = plan.read(look) if look else (None, ())
         return Report(outcome.applied if outcome else True, self.step, rate, norm, culprits)
 
@@ -271,7 +316,7 @@ class Optimizer(ABC):
         if cached.key != self._plan_key(wanted, named):
             return None
         if isinstance(cached.plan, FunctionalPlan):
-            refuse_shared(named, wanted)
+            refuse_shared(named, cached.plan.names)
         parameters, gradients = cached.sort(named.values(), wanted.values())
         suits = cached.suits(parameters, gradients) and cached.finds_kept(named)
         return (cached.plan, parameters, gradients) if suits else None
@@ -279,24 +324,25 @@ class Optimizer(ABC):
     def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> "PlanKey":
         epochs = [leaf.epoch for leaf in self._leaves()]
         options = self._clip_norm is not None, self._nonfinite == "skip", self._donate
-        return PlanKey(list(named), list(wanted), options, epochs)
+        return PlanKey(list(named), list(wanted), options, self._frozen, epochs)
 
     def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> Planned:
         self._plan = None  # its scratch is free before the next plan takes its own
         key = self._plan_key(wanted, named)  # before anything that it stands for is read
-        chosen = dict(zip(wanted, _pick(named, list(wanted)), strict=True))
+        chosen = thawed(dict(zip(wanted, _pick(named, list(wanted)), strict=True)), self._frozen)
+        wanted = thawed(wanted, self._frozen)
         library = recognise(params=chosen, grads=wanted)
         clipped, skipping, donating = key.options
         kept: dict[str, Any] = {}
         if library.in_place is True:
             others = {name: array for name, array in named.items() if name not in chosen}
             kept = {name: others[name] for name in refuse_overlap(library, chosen, others)}
-            shares = [Share(leaf, names) for leaf, names in self._route(chosen)]
+            shares = [Share(leaf, names) for leaf, names in self._assign(chosen)]
             plan = Plan(library, shares, chosen, wanted, clipped=clipped)
         else:
             refuse_shared(named, chosen)
             plan = FunctionalPlan(
-                library, self._route(chosen), chosen, wanted, clipped=clipped, skipping=skipping, donating=donating
+                library, self._assign(chosen), chosen, wanted, clipped=clipped, skipping=skipping, donating=donating
             )
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
         self._plan = _CachedPlan(key, plan, parameters, gradients, kept)
@@ -387,6 +433,7 @@ class PlanKey(NamedTuple):
     parameters: list[str]
     gradients: list[str]
     options: tuple[bool, bool, bool]  # clipping, skipping, donating
+    frozen: tuple[str, ...]
     epochs: list[int]
 
 
@@ -411,8 +458,9 @@ class _CachedPlan:
         """Arrays in the order of the caller's names, in the plan's order."""
         first, second = list(parameters), list(gradients)
         to_plan, from_grads = self._orders
-        return [first[i] for i in to_plan] if to_plan else first, (
-            [second[i] for i in from_grads] if from_grads else second
+        return (
+            first if to_plan is None else [first[i] for i in to_plan],
+            second if from_grads is None else [second[i] for i in from_grads],
         )
 
     def suits(self, parameters: list[Any], gradients: list[Any]) -> bool:
@@ -447,10 +495,10 @@ class _CachedPlan:
         return self._slots.locate(shown) != OTHER and np.array_equal(self._slots.addresses, self.plan.shown_addresses)
 
 
-def _order(wanted: list[str], there: list[str]) -> list[int]:
-    """Where each of the wanted names stands; empty when they stand in this order."""
+def _order(wanted: list[str], there: list[str]) -> list[int] | None:
+    """Where each of the wanted names stands; None when it is they that are there, in this order."""
     places = {name: place for place, name in enumerate(there)}
-    return [] if wanted == there else [places[name] for name in wanted]
+    return None if wanted == there else [places[name] for name in wanted]
 
 
 def _pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

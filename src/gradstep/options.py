@@ -1,14 +1,18 @@
-"""The options that every optimizer has: clipping within the step, what to do about non-finite gradients, donation."""
+"""The options that every optimizer has: clipping in the step, non-finite gradients, donation, what is left alone."""
 
 import math
-from typing import Any, Literal, Protocol, TypeAlias, overload
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
 
-from gradstep.errors import ConfigurationError, OutOfRangeError
+from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
 from gradstep.learning_rate import to_float
 
 Policy: TypeAlias = Literal["allow", "raise", "skip"]
 POLICIES = ("allow", "raise", "skip")
-DEFAULTS: dict[str, Any] = {"clip_norm": None, "nonfinite": "allow", "donate": False}
+DEFAULTS: dict[str, Any] = {"clip_norm": None, "nonfinite": "allow", "donate": False, "frozen": ()}
+
+Value = TypeVar("Value")
 
 
 class Holder(Protocol):
@@ -17,6 +21,7 @@ class Holder(Protocol):
     _clip_norm: float | None
     _nonfinite: Policy
     _donate: bool
+    _frozen: tuple[str, ...]
 
 
 class ClipNorm:
@@ -69,6 +74,34 @@ class Donate:
         instance._donate = value  # pyright: ignore[reportPrivateUsage]
 
 
+class Frozen:
+    """The globs of parameters that are left alone: they get no slots and take part in no step."""
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "Frozen": ...
+    @overload
+    def __get__(self, instance: Holder, owner: type) -> tuple[str, ...]: ...
+    def __get__(self, instance: Holder | None, owner: type) -> "Frozen | tuple[str, ...]":
+        return self if instance is None else instance._frozen  # pyright: ignore[reportPrivateUsage]
+
+    def __set__(self, instance: Holder, value: Sequence[str]) -> None:
+        if isinstance(value, str):
+            raise ArgumentTypeError(f"frozen must be a list of globs, got the text {value!r}: write [{value!r}]")
+        if not isinstance(value, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"frozen must be a list of globs such as ['embed.*'], got {value!r}")
+        for glob in value:
+            if not isinstance(glob, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ArgumentTypeError(f"frozen must hold globs such as 'embed.*', got {glob!r}")
+        instance._frozen = tuple(value)  # pyright: ignore[reportPrivateUsage]
+
+
+def thawed(named: Mapping[str, Value], frozen: Sequence[str]) -> Mapping[str, Value]:
+    """The entries whose names match none of the globs."""
+    if not frozen:
+        return named
+    return {name: value for name, value in named.items() if not any(fnmatchcase(name, glob) for glob in frozen)}
+
+
 def clip_norm_option(*, default: float | None) -> Any:
     """Declare the option for the signature of a family."""
     return ClipNorm()
@@ -82,3 +115,8 @@ def nonfinite_option(*, default: Policy) -> Any:
 def donate_option(*, default: bool) -> Any:
     """Declare the option for the signature of a family."""
     return Donate()
+
+
+def frozen_option(*, default: Sequence[str]) -> Any:
+    """Declare the option for the signature of a family."""
+    return Frozen()

@@ -106,6 +106,11 @@ class RuleUpdate(Optimizer):
 
     def _define(self, values: Mapping[str, object]) -> None:
         for name, value in values.items():
+            if isinstance(value, Mapping):
+                raise ArgumentTypeError(
+                    f"{type(self).__name__}'s {name} must be one value, got the mapping {value!r}: MLX tells an "
+                    "optimizer no names; give parameters that differ to an optimizer of their own: MultiOptimizer"
+                )
             parts: Sequence[Any] = value if isinstance(value, (tuple, list)) else [value]
             if any(map(callable, parts)):
                 raise ArgumentTypeError(
@@ -134,7 +139,7 @@ class RuleUpdate(Optimizer):
         return self.slot_names.get(slot, slot)
 
     def _program(self, parameter: mx.array) -> Program:
-        return self._leaf.program(parameter.ndim, clipped=False)
+        return self._leaf.program("", parameter.ndim, clipped=False)  # MLX names no parameter here
 
     # The step
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 from gradstep.arrays.jax import JAX
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Optimizer
+from gradstep.options import thawed
 from gradstep.program.device_scalars import DeviceScalars
 from gradstep.program.device_schedules import schedule_on_device
 from gradstep.program.graph import Kind, reachable
@@ -28,12 +29,20 @@ class RuleState(NamedTuple):
     slots: dict[str, Any]
 
 
+class Owner(NamedTuple):
+    """Whose rule an array follows, and the array's name there."""
+
+    leaf: Leaf
+    name: str
+
+
 def from_optimizer(optimizer: Optimizer) -> Any:
     """A pure `optax.GradientTransformation` that makes the steps of a gradstep optimizer.
 
     Its hyperparameters, schedules and options are taken over as they are now; the optimizer itself, its state and
-    counters included, is neither used nor changed. Names for the filters of a `MultiOptimizer` are the paths of the
-    tree, joined with dots. With `nonfinite="skip"` an update that would be skipped is zero and leaves the state.
+    counters included, is neither used nor changed. Names, for filters, mapped hyperparameters and `frozen`, are the
+    paths of the tree, joined with dots. Frozen parameters get updates of zero. With `nonfinite="skip"` an update that
+    would be skipped is zero and leaves the state.
 
     Args:
         optimizer: any optimizer of gradstep, a `@gs.rule` or a `MultiOptimizer` too.
@@ -71,33 +80,37 @@ class _Transformation:
         self._optimizer = optimizer
         leaves = optimizer._leaves()  # pyright: ignore[reportPrivateUsage]
         self._clipped = optimizer.clip_norm is not None
-        programs = [leaf.program(ndim, clipped=self._clipped) for leaf in leaves for ndim in (0, 1, 2)]
-        self._slots = list(dict.fromkeys(slot for program in programs for slot in program.slots))
+        programs = [leaf.programs(ndim, clipped=self._clipped) for leaf in leaves for ndim in (0, 1, 2)]
+        self._slots = list(dict.fromkeys(slot for found in programs for _, program in found for slot in program.slots))
 
     def init(self, params: Any) -> RuleState:
         """Zero slots."""
-        arrays, structure, leaves = self._flatten(params)
+        arrays, structure, owners = self._flatten(params)
         made: list[dict[str, Any]] = []
-        for w, leaf in zip(arrays, leaves, strict=True):
-            program = self._program(leaf, w)
-            made.append({slot: _zeros(kind, w) for slot, kind in program.slots.items()})
+        for w, owner in zip(arrays, owners, strict=True):
+            kinds = self._program(owner, w).slots.items() if owner else ()
+            made.append({slot: _zeros(kind, w) for slot, kind in kinds})
         return RuleState(jnp.zeros((), jnp.int32), self._columns(structure, made))
 
     def update(self, updates: Any, state: RuleState, params: Any = None) -> tuple[Any, RuleState]:
         """What is to be added to the parameters, and the state after it."""
         reference = updates if params is None else params
-        arrays, structure, leaves = self._flatten(reference)
+        arrays, structure, owners = self._flatten(reference)
         gradients = structure.flatten_up_to(updates)
         rows = {slot: structure.flatten_up_to(tree) for slot, tree in state.slots.items()}
-        look = inspect_gradients(JAX, gradients, self._optimizer.clip_norm) if self._looks and gradients else None
+        seen = [g for g, owner in zip(gradients, owners, strict=True) if owner]
+        look = inspect_gradients(JAX, seen, self._optimizer.clip_norm) if self._looks and seen else None
         results: list[tuple[Any, dict[str, Any]]] = []
-        for i, (w, g, leaf) in enumerate(zip(arrays, gradients, leaves, strict=True)):
-            program = self._program(leaf, w)
+        for i, (w, g, owner) in enumerate(zip(arrays, gradients, owners, strict=True)):
+            if owner is None:
+                results.append((jnp.zeros_like(w), {}))
+                continue
+            program = self._program(owner, w)
             old = {slot: rows[slot][i] for slot in program.slots}
             if params is None:
                 _check_independence(program)
                 w = jnp.zeros_like(w)
-            known = _hyperparameters(leaf, state.count) | {"clip_scale": look.scale if look else 1.0}
+            known = _hyperparameters(owner, state.count) | {"clip_scale": look.scale if look else 1.0}
             results.append(_update(program, w, g, old, known))
         taken = look.finite if look and self._optimizer.nonfinite == "skip" else True
         if taken is not True:
@@ -113,18 +126,19 @@ class _Transformation:
     def _looks(self) -> bool:
         return self._clipped or self._optimizer.nonfinite == "skip"
 
-    def _program(self, leaf: Leaf, w: Any) -> Program:
-        return leaf.program(w.ndim, clipped=self._clipped)
+    def _program(self, owner: Owner, w: Any) -> Program:
+        return owner.leaf.program(owner.name, w.ndim, clipped=self._clipped)
 
-    def _flatten(self, params: Any) -> tuple[list[Any], Any, list[Leaf]]:
-        """The arrays, the tree's structure, and whose rule each array follows."""
+    def _flatten(self, params: Any) -> tuple[list[Any], Any, list[Owner | None]]:
+        """The arrays, the tree's structure, and whose rule each array follows, under which name; None if frozen."""
         paths, structure = jax.tree_util.tree_flatten_with_path(params)
         named = {".".join(map(_spell_key, path)): array for path, array in paths}
         if len(named) < len(paths):
             raise ArgumentTypeError("two paths of the parameters give one name when joined with dots")
-        routes = self._optimizer._route(named)  # pyright: ignore[reportPrivateUsage]
-        owners = {name: leaf for leaf, names in routes for name in names}
-        return list(named.values()), structure, [owners[name] for name in named]
+        moving = thawed(named, self._optimizer.frozen)
+        routes = self._optimizer._assign(moving)  # pyright: ignore[reportPrivateUsage]
+        owners = {name: Owner(leaf, name) for leaf, names in routes for name in names}
+        return list(named.values()), structure, [owners.get(name) for name in named]
 
     def _columns(self, structure: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """One tree for each slot; None where a parameter has none."""
@@ -167,10 +181,10 @@ def _check_independence(program: Program) -> None:
         raise ValueError(f"{program.name} needs the parameters: call update(grads, state, params)")
 
 
-def _hyperparameters(leaf: Leaf, count: Any) -> dict[str, Any]:
+def _hyperparameters(owner: Owner, count: Any) -> dict[str, Any]:
     """Every scalar by the name of its symbol, schedules at `count`."""
     known: dict[str, Any] = {"t": (count + 1).astype("float32")}
-    for cell in leaf.settings.cells:
+    for cell in owner.leaf.settings_of(owner.name).cells:
         source = cell.source.value
         if isinstance(source, Injected):
             known[cell.symbol] = source.value

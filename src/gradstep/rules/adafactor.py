@@ -41,7 +41,8 @@ class Adafactor(RuleOptimizer):
     ```
 
     Args:
-        learning_rate: a number or a schedule; None for the relative step.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be; None for
+            the relative step.
         eps: added to the squared gradient, > 0; and the least root mean square of a parameter, >= 0.
         clip_threshold: the root mean square that an update may have, > 0.
         decay_rate: the exponent of the running means' decay, <= 0.
@@ -53,6 +54,7 @@ class Adafactor(RuleOptimizer):
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

@@ -19,13 +19,14 @@ class Adam(RuleOptimizer):
     own step count.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         betas: how much of the running means `m` and `v` is kept, each in [0, 1).
         eps: added to the root, >= 0.
         bias_correction: make up for the means' start at zero.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.
@@ -70,7 +71,7 @@ class AdamW(RuleOptimizer):
     own step count.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         betas: how much of the running means `m` and `v` is kept, each in [0, 1).
         eps: added to the root, >= 0.
         weight_decay: how fast weights shrink, in units of the learning rate, >= 0.
@@ -78,6 +79,7 @@ class AdamW(RuleOptimizer):
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

@@ -32,13 +32,16 @@ from gradstep.options import (
     DEFAULTS,
     ClipNorm,
     Donate,
+    Frozen,
     NonFinite,
     clip_norm_option,
     donate_option,
+    frozen_option,
     nonfinite_option,
 )
 from gradstep.program.formats import Sign
 from gradstep.program.graph import Kind
+from gradstep.report import Rate
 from gradstep.settings import Settings
 from gradstep.state import StateView
 from gradstep.step.leaf import Leaf, rule_arguments
@@ -63,7 +66,8 @@ __all__ = [
 @dataclass_transform(
     kw_only_default=True,
     field_specifiers=(
-        scalar, optional_scalar, pair, flag, optional_flag, count, clip_norm_option, nonfinite_option, donate_option,
+        scalar, optional_scalar, pair, flag, optional_flag, count,
+        clip_norm_option, nonfinite_option, donate_option, frozen_option,
         slot_dtype_option, rounding_option, master_weights_option, seed_option,
     ),
 )  # fmt: skip
@@ -83,6 +87,7 @@ class RuleOptimizer(Declarative, Optimizer):
     clip_norm: ClipNorm = clip_norm_option(default=None)
     nonfinite: NonFinite = nonfinite_option(default="allow")
     donate: Donate = donate_option(default=False)
+    frozen: Frozen = frozen_option(default=())
     slot_dtype: Fixed[SlotDtypes] = slot_dtype_option(default=None)
     rounding: Fixed[Rounding] = rounding_option(default="nearest")
     master_weights: Fixed[bool] = master_weights_option(default=False)
@@ -124,19 +129,21 @@ class RuleOptimizer(Declarative, Optimizer):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Every hyperparameter as it was given: a number, a schedule, a pair of them, or configuration."""
-        return dict(self._leaf.settings.given)
+        """Every hyperparameter as it was given: a number, a schedule, a pair of them, a mapping, or configuration."""
+        given, mapped = self._leaf.settings.given, self._leaf.settings.mapped
+        return {name: dict(value) if name in mapped else value for name, value in given.items()}
 
     def get_hyperparameter(self, name: str) -> Any:
-        """The value of a hyperparameter as last resolved; the same as the attribute of that name."""
+        """The value of a hyperparameter as last resolved; the same as the attribute of that name.
+
+        Of a hyperparameter that is mapped, a new dict from glob to value.
+        """
         return self._leaf.current(name)
 
     def set_hyperparameters(self, values: Mapping[str, object]) -> None:
         """Set several hyperparameters at once: checked together, schedules resolved now at the current step."""
         with self._lock:
-            settings = self._leaf.settings.replaced(values, self.step)
-            self.check_together(settings.given)
-            self._leaf.change(settings)
+            self._leaf.change(self._leaf.settings.replaced(values, self.step))
 
     @property
     def step(self) -> int:
@@ -150,17 +157,20 @@ class RuleOptimizer(Declarative, Optimizer):
     def steps(self) -> dict[str, int]:
         return self._leaf.steps
 
-    def _coming_rate(self) -> float | None:
-        return self._leaf.scalars().get("learning_rate")
+    def _coming_rate(self) -> Rate:
+        return self._leaf.coming("learning_rate")
 
     def _leaves(self) -> list[Leaf]:
         return [self._leaf]
 
-    def _route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
+    def _route(self, params: Mapping[str, Any], *, remember: bool = True) -> list[tuple[Leaf, list[str]]]:
         return [(self._leaf, list(params))]
 
+    def _titles(self) -> list[str]:
+        return [type(self).__name__]
+
     def _forget_routes(self) -> None:
-        pass  # everything goes here
+        self._leaf.forget_groups()
 
     def _check_options(self) -> None:
         pass  # without children, no options contradict each other

@@ -26,7 +26,7 @@ class CustomOptimizer(RuleOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._leaf.program(2, clipped=False)  # an error in the rule's body belongs here, not into the first step
+        self._leaf.programs(2, clipped=False)  # an error in the rule's body belongs here, not into the first step
 
 
 @overload

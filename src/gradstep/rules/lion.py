@@ -16,12 +16,14 @@ class Lion(RuleOptimizer):
     ```
 
     Args:
-        learning_rate: a number or a schedule; 3 to 10 times smaller than Adam's serves well.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be; 3 to 10 times
+            smaller than Adam's serves well.
         betas: the interpolation of the update, and how much of the momentum is kept, each in [0, 1).
         weight_decay: how fast weights shrink, in units of the learning rate, >= 0.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

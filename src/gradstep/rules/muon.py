@@ -21,7 +21,7 @@ class Muon(RuleOptimizer):
     and are better given to another optimizer: see `MultiOptimizer`.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         momentum: how much of the running mean is kept, in [0, 1).
         weight_decay: the factor of the L2 penalty's gradient, >= 0.
         nesterov: look ahead by one momentum step.
@@ -29,6 +29,7 @@ class Muon(RuleOptimizer):
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

@@ -15,12 +15,13 @@ class RMSprop(RuleOptimizer):
     ```
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         alpha: how much of the running mean is kept, in [0, 1).
         eps: added to the root, > 0.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

@@ -19,7 +19,7 @@ class SGD(RuleOptimizer):
     Without momentum there is no slot and `w = w - learning_rate * g`.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: a number or a schedule, or a mapping from glob to either, as every scalar may be.
         momentum: how much of the previous update is kept, >= 0. A fixed 0 removes the slot `v`.
         weight_decay: the factor of the L2 penalty's gradient, >= 0.
         dampening: the part of the gradient that momentum leaves out, >= 0.
@@ -27,6 +27,7 @@ class SGD(RuleOptimizer):
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class FunctionalShare:
     ) -> None:
         self.leaf, self.names, self.rows = leaf, names, leaf.reserve(names)
         self.forms = {name: describe_floats(library, params[name], f"params[{name!r}]") for name in names}
-        self.programs = {name: leaf.program(len(self.forms[name].shape), clipped=clipped) for name in names}
+        self.programs = {name: leaf.program(name, len(self.forms[name].shape), clipped=clipped) for name in names}
         self.formats = {
             name: leaf.storage.formats(self.programs[name].slots, form.dtype, form.dtype)
             for name, form in self.forms.items()
@@ -183,7 +183,6 @@ class FunctionalPlan:
     def fill(self) -> None:
         """Compute the scalars of the coming step."""
         for batch in self._batches:
-            batch.leaf.check_rounded(batch.dtype)
             batch.table.fill()
 
     def run(self, parameters: list[Any], gradients: list[Any], look: Look | None) -> tuple[list[Any], list[Any]]:
@@ -330,7 +329,7 @@ def _refuse_donating_twice(parameters: list[Any], slots: list[dict[str, Any]], g
         raise AliasedParametersError(DONATED_TWICE)
 
 
-def refuse_shared(named: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+def refuse_shared(named: Mapping[str, Any], written: Container[str]) -> None:
     """Raise `AliasedParametersError` for one array under two names, of which one is written."""
     first: dict[int, str] = {}
     for name, array in named.items():

@@ -9,9 +9,10 @@ import numpy as np
 
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
+from gradstep.errors import ConfigurationError
 from gradstep.program.graph import Kind, Trace, trace
 from gradstep.program.program import Program
-from gradstep.settings import Settings
+from gradstep.settings import Group, Settings
 from gradstep.step import forms
 from gradstep.step.match import Match, check_parameter, make_slots
 from gradstep.step.outcome import Awaited, Outcome
@@ -26,6 +27,10 @@ class Family(Protocol):
     __name__: str
     rule: Callable[..., object]
     slot_kinds: Mapping[str, Kind]
+
+    def check_together(self, given: Mapping[str, Any]) -> None:
+        """Raise `ConfigurationError` for hyperparameters that do not go together."""
+        ...
 
 
 class Leaf:
@@ -46,33 +51,76 @@ class Leaf:
         self.shown: set[str] = set()  # the parameters whose slots somebody else may hold, and move
         self._ledger: dict[str, int] = {}  # the row of each parameter in the counts
         self._counts: Integers = np.zeros(0, np.int64)
-        self._programs: dict[tuple[int, bool], Program] = {}
+        self._programs: dict[Any, Program] = {}
+        self._groups: dict[str, Group] = {}  # which settings each parameter has, as far as anybody has asked
 
     # Hyperparameters
 
     def change(self, settings: Settings) -> None:
-        """Adopt other hyperparameters; programs are void when their configuration differs."""
-        if settings.static != self.settings.static:
-            self._programs = {}
+        """Adopt other hyperparameters, if they go together.
+
+        Programs and groups are void when configuration or patterns differ.
+        """
+        same = settings.static == self.settings.static
+        if not settings.mapped:
+            self._family.check_together(settings.given)
+        elif same:  # else groups are checked when they come up again
+            firsts = {group: name for name, group in reversed(self._groups.items())}
+            for group, name in firsts.items():
+                self._check_group(settings.of(group), name)
+        if not same:
+            self._programs, self._groups = {}, {}
             self.epoch += 1
         self.settings = settings
+
+    def group(self, name: str) -> Group:
+        """What the name of a parameter chooses, looked up once.
+
+        Raises:
+            ConfigurationError: a mapping has no value for it, or the values do not go together.
+        """
+        if not self.settings.mapped:
+            return ()
+        if name not in self._groups:
+            group = self.settings.group_of(name)
+            self._check_group(self.settings.of(group), name)
+            self._groups[name] = group
+        return self._groups[name]
+
+    def forget_groups(self) -> None:
+        """Let every parameter's name be looked at again."""
+        self._groups = {}
+
+    def _check_group(self, settings: Settings, name: str) -> None:
+        try:
+            self._family.check_together(settings.given)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{error} (for params[{name!r}])") from None
+
+    def settings_of(self, name: str) -> Settings:
+        """The hyperparameters of one parameter."""
+        return self.settings.of(self.group(name))
 
     def resolve(self) -> None:
         """Resolve and check the scheduled hyperparameters for the coming step; all stays pending."""
         self.settings.resolve(self._step_if_asked)
 
-    def scalars(self) -> dict[str, float]:
-        """The value of each scalar hyperparameter for the step that is being taken."""
-        return self.settings.upcoming(self._step_if_asked)
+    def scalars(self, group: Group = ()) -> dict[str, float]:
+        """The value of each scalar hyperparameter of a group for the step that is being taken."""
+        return self.settings.of(group).upcoming(self._step_if_asked)
+
+    def coming(self, name: str) -> Any:
+        """The value of a hyperparameter for that step; None if there is none of that name."""
+        return self.settings.coming(name, self._step_if_asked)
 
     def current(self, name: str) -> Any:
         """The value of a hyperparameter in the last step that was taken."""
         self._awaited.settle()
         return self.settings.current(name)
 
-    def check_rounded(self, dtype: str) -> None:
-        """Check the scalars as the compute dtype holds them."""
-        self.settings.check_rounded(self._step_if_asked, dtype)
+    def check_rounded(self, dtype: str, group: Group = ()) -> None:
+        """Check the scalars of a group as the compute dtype holds them."""
+        self.settings.of(group).check_rounded(self._step_if_asked, dtype)
 
     @property
     def _step_if_asked(self) -> int:
@@ -131,12 +179,12 @@ class Leaf:
         for name, parameter in params.items():
             if library.in_place is False:
                 form = forms.describe_floats(library, parameter, f"params[{name!r}]")
-                program = self.program(len(form.shape), clipped=False)
+                program = self.program(name, len(form.shape), clipped=False)
                 formats = self.storage.formats(program.slots, form.dtype, form.dtype)
                 entries[name] = forms.make_slots(library, name, form, program, formats, {})
                 continue
             memory = check_parameter(library, name, parameter)
-            program = self.program(len(memory.shape), clipped=False)
+            program = self.program(name, len(memory.shape), clipped=False)
             formats = self.storage.formats(program.slots, memory.dtype, memory.dtype)
             entries[name] = make_slots(library, name, memory, program, formats, {})
         return entries, {name: row for row, name in enumerate(entries)}, np.zeros(len(entries), np.int64)
@@ -178,31 +226,40 @@ class Leaf:
 
     # Programs
 
-    def program(self, ndim: int, *, clipped: bool) -> Program:
-        """The rule traced for this configuration and number of dimensions; equal programs are one object."""
-        if (ndim, clipped) not in self._programs:
-            program = self._trace(ndim, clipped=clipped)
-            equal = (known for known in self._programs.values() if known.key == program.key)
-            self._programs[ndim, clipped] = next(equal, program)
-        return self._programs[ndim, clipped]
+    def program(self, name: str, ndim: int, *, clipped: bool) -> Program:
+        """The rule traced for a parameter's configuration and number of dimensions; equal programs are one object."""
+        return self._program(self.settings_of(name), ndim, clipped=clipped)
 
-    def _trace(self, ndim: int, *, clipped: bool) -> Program:
+    def programs(self, ndim: int, *, clipped: bool) -> list[tuple[dict[str, list[str]], Program]]:
+        """Every program that a parameter may have, each with the globs that lead to it."""
+        variants = self.settings.variants()
+        return [(globs, self._program(settings, ndim, clipped=clipped)) for globs, settings in variants]
+
+    def _program(self, settings: Settings, ndim: int, *, clipped: bool) -> Program:
+        key = settings.static, ndim, clipped
+        if key not in self._programs:
+            program = self._trace(settings, ndim, clipped=clipped)
+            equal = (known for known in self._programs.values() if known.key == program.key)
+            self._programs[key] = next(equal, program)
+        return self._programs[key]
+
+    def _trace(self, settings: Settings, ndim: int, *, clipped: bool) -> Program:
         family, (names, takes_t) = self._family, rule_arguments(self._family.rule)
         slots = {slot: family.slot_kinds.get(slot, Kind.FULL) for slot in names}
 
         def arguments(trace: Trace) -> dict[str, Any]:
-            known = self.settings.arguments(trace)
+            known = settings.arguments(trace)
             return {**known, "t": trace.hyperparameter("t")} if takes_t else known
 
         outputs = trace(
             family.rule, slots, name=family.__name__, ndim=ndim,
-            arguments=arguments, removable=self.settings.removable, clipped=clipped,
+            arguments=arguments, removable=settings.removable, clipped=clipped,
         )  # fmt: skip
         return Program(family.__name__, {slot: kind for slot, kind in slots.items() if slot in outputs}, outputs)
 
     def __getstate__(self) -> dict[str, Any]:
         self._awaited.settle()
-        return {**vars(self), "_programs": {}}
+        return {**vars(self), "_programs": {}, "_groups": {}}
 
 
 @functools.cache

@@ -54,7 +54,7 @@ class Plan:
             share.matches = [
                 match(
                     library, name, params[name], grads[name],
-                    share.leaf.program(params[name].ndim, clipped=clipped), share.leaf.storage,
+                    share.leaf.program(name, params[name].ndim, clipped=clipped), share.leaf.storage,
                     share.leaf.slots_of(name),
                 )
                 for name in share.names

@@ -12,7 +12,7 @@ from gradstep.step.leaf import Leaf
 
 
 class ScalarTable:
-    """One row for each combination of step count and shape on which the scalars depend.
+    """One row for each combination of step count, shape and group on which the scalars depend.
 
     Attributes:
         values: the rows, in float64.
@@ -27,9 +27,13 @@ class ScalarTable:
         axes = sorted(set(self._scalars.dimensions))
         # An empty parameter has no use for its scalars, but they are computed: no length is 0.
         self._shapes = [{axis: shape[axis] or 1 for axis in axes} for shape in shapes]
+        groups = [leaf.group(name) for name in names]
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        self._groups = list(numbers)
+        self._places = [numbers[group] for group in groups]  # where each tensor's group stands
         self._needs_count = "t" in self._scalars.hyperparameters
         self._ledger_rows = leaf.reserve(names).tolist()
-        height = len(names) if self._needs_count or axes else 1
+        height = len(names) if self._needs_count or axes else len(self._groups)
         self.values: Doubles = np.zeros((height, max(len(self._scalars), 1)))
         self.rows: Integers = np.zeros(len(names), np.int64)
         self._row = struct.Struct(f"{len(self._scalars)}d")
@@ -43,20 +47,26 @@ class ScalarTable:
         return len(self._owners)
 
     def fill(self, clip_scale: float = 1.0) -> None:
-        """Compute the scalars of the coming step."""
+        """Check the hyperparameters in the compute dtype, and compute the scalars of the coming step."""
+        known: list[dict[str, float]] = []
+        bits = b""
+        for group in self._groups:
+            self._leaf.check_rounded(self._dtype, group)
+            values = {**self._leaf.scalars(group), "clip_scale": clip_scale}
+            known.append(values)
+            bits += struct.pack(f"{len(values)}d", *values.values())  # tells 0.0 from -0.0
         if not self._scalars:
             return
         if not self._owners or (self._needs_count and self._leaf.step != self._expected_step):
             self._share_rows()  # not the step after this table's last: counts may have parted
-        known = {**self._leaf.scalars(), "clip_scale": clip_scale}
-        bits = None if self._needs_count else struct.pack(f"{len(known)}d", *known.values())  # tells 0.0 from -0.0
-        if bits is not None and bits == self._known:
+        if not self._needs_count and bits == self._known:
             return
         self._known = None  # until the table has been filled
         for row, tensor in enumerate(self._owners):
             count = {"t": self._leaf.count(self._ledger_rows[tensor]) + 1} if self._needs_count else {}
-            values = self._scalars.evaluate(known | count, self._shapes[tensor], self._dtype)
-            self._row.pack_into(self.values.data, row * self._row.size, *values)
+            arguments = known[self._places[tensor]] | count
+            results = self._scalars.evaluate(arguments, self._shapes[tensor], self._dtype)
+            self._row.pack_into(self.values.data, row * self._row.size, *results)
         self._known = bits
 
     def advance(self) -> None:
@@ -69,7 +79,7 @@ class ScalarTable:
         rows: dict[tuple[int, ...], int] = {}
         for tensor, shape in enumerate(self._shapes):
             count = self._leaf.count(self._ledger_rows[tensor]) if self._needs_count else 0
-            row = rows.setdefault((count, *shape.values()), len(rows))
+            row = rows.setdefault((self._places[tensor], count, *shape.values()), len(rows))
             if row == len(self._owners):
                 self._owners.append(tensor)
             self.rows[tensor] = row

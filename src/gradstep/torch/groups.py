@@ -5,9 +5,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from gradstep.errors import ConfigurationError
+from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Optimizer
 from gradstep.options import DEFAULTS
+from gradstep.report import Rate
 from gradstep.rules.base import RuleOptimizer
 from gradstep.state import StateView
 from gradstep.step.leaf import Leaf
@@ -108,7 +109,7 @@ class Groups(Optimizer):
     def _leaves(self) -> list[Leaf]:
         return self._all_leaves
 
-    def _route(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
+    def _route(self, params: Mapping[str, Any], *, remember: bool = True) -> list[tuple[Leaf, list[str]]]:
         shares: list[list[str]] = [[] for _ in self._rules]
         for name in params:
             shares[self._group_of[name]].append(name)
@@ -126,12 +127,20 @@ class Groups(Optimizer):
     def _forget_routes(self) -> None:
         pass
 
-    def _coming_rate(self) -> float | None:
+    def _titles(self) -> list[str]:
+        return [f"[{group}]" for group in range(self.size)]
+
+    def _coming_rate(self) -> Rate:
         return None
 
 
 def plain(value: object, name: str) -> Any:
     """A value of a parameter group without tensors: torch allows them of one element."""
+    if isinstance(value, Mapping):
+        raise ArgumentTypeError(
+            f"{name} must be one value, got the mapping {value!r}; as in torch, parameters that differ belong to "
+            "different parameter groups"
+        )
     if isinstance(value, (tuple, list)):
         return tuple(plain(part, name) for part in cast("Iterable[object]", value))
     numel: Callable[[], int] | None = getattr(value, "numel", None)
