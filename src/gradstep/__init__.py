@@ -37,6 +37,7 @@ from gradstep.rules.muon import Muon
 from gradstep.rules.rmsprop import RMSprop
 from gradstep.rules.sgd import SGD
 from gradstep.schedules import cosine_decay, exponential_decay, join_schedules, linear_schedule, step_decay
+from gradstep.step.bill import MemoryBill
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "GradstepError",
     "LearningRate",
     "Lion",
+    "MemoryBill",
     "MultiOptimizer",
     "Muon",
     "NonFiniteGradientError",

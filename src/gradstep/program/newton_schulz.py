@@ -25,6 +25,12 @@ class Workspace:
         return self._buffers[key]
 
 
+def workspace_shapes(rows: int, columns: int) -> dict[str, tuple[int, int]]:
+    """The temporaries that a matrix of this shape needs."""
+    side = min(rows, columns)
+    return {"gram": (side, side), "square": (side, side), "product": (rows, columns)}
+
+
 def newton_schulz(x: Any, steps: int, workspace: Workspace | None = None) -> Any:
     """Orthogonalize the matrix `x` in place and return it.
 
@@ -39,9 +45,8 @@ def newton_schulz(x: Any, steps: int, workspace: Workspace | None = None) -> Any
     library = _library(x)
     a, b, c = COEFFICIENTS
     rows, columns = x.shape
-    side = min(rows, columns)
-    gram, square = (workspace.take(name, x, (side, side)) for name in ("gram", "square"))
-    product = workspace.take("product", x, (rows, columns))
+    shapes = workspace_shapes(rows, columns)
+    gram, square, product = (workspace.take(name, x, shape) for name, shape in shapes.items())
     x /= float(library.linalg.norm(x)) + EPSILON
     for _ in range(steps):
         left, right = (x, x.T) if rows <= columns else (x.T, x)

@@ -23,6 +23,11 @@ class Adamax(RuleOptimizer):
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
         frozen: globs of parameters that are left alone: they get no slots and take part in no step.
+        slot_dtype: "float32", "bfloat16", "float16" or "int8" for all slots, or a mapping from slot to one of them;
+            None for the dtype of the computation.
+        rounding: "nearest", or "stochastic" for parameters and slots narrower than float32.
+        master_weights: keep float32 copies of parameters that are narrower.
+        seed: of the random numbers with which stochastic rounding is done.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.

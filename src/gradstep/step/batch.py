@@ -1,6 +1,5 @@
 """Tensors of one optimizer that run the same program: their tables, their scratch, and the run through all sweeps."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Integers
 from gradstep.program.compiler import compile_kernel
 from gradstep.program.formats import compute_dtype, scales_of
-from gradstep.program.graph import Kind, Symbol
+from gradstep.program.graph import Kind
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
 from gradstep.program.noise import signed, step_shift, tensor_key
@@ -20,6 +19,7 @@ from gradstep.step.launch import Launch, flat_chunks, matrix_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
 from gradstep.step.scalars import ScalarTable
+from gradstep.step.sizes import count_blocks, count_matrices, matrix_shape, small_shape, sums_shape
 from gradstep.step.small import SmallValues, matrix_statistic, narrowed, whole_statistic, widened
 
 Array = np.ndarray[Any, Any]
@@ -52,7 +52,7 @@ class Batch:
         self._results: list[tuple[Array, Array]] = []
         self._workspace = Workspace()
         self._views: dict[str, list[Any]] = {}
-        self._stacks = [math.prod(match.shape[:-2]) for match in matches]  # how many matrices each tensor holds
+        self._stacks = [count_matrices(match.shape) for match in matches]
         self._dimensions = self._measure()
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
@@ -68,7 +68,7 @@ class Batch:
         if not self.program.factored:
             return None
         shapes = [match.shape for match in self.matches]
-        return np.array([(*shape[-2:], -(-shape[-2] // ROWS)) for shape in shapes], np.int64)
+        return np.array([(*shape[-2:], count_blocks(shape[-2], ROWS)) for shape in shapes], np.int64)
 
     def _make_keys(self, names: Sequence[str]) -> Integers:
         """What each tensor's noise begins with, where something is rounded at random."""
@@ -88,29 +88,15 @@ class Batch:
         )  # fmt: skip
         for reduction in sweep.reductions:
             place = place_of(reduction)
-            self._sums[place] = [self._sum_buffer(reduction, i) for i in range(len(self.matches))]
+            self._sums[place] = [np.zeros(sums_shape(self.program, reduction, match.shape)) for match in self.matches]
             launch.place(place, _addresses(self._sums[place]), sums=True)
         for source in small_inputs(sweep):
             if place_of(source) not in self._small:
                 self._small[place_of(source)] = [
-                    np.zeros(self._small_shape(source.kind, i), self.dtype) for i in range(len(self.matches))
+                    np.zeros(small_shape(source.kind, match.shape), self.dtype) for match in self.matches
                 ]
             launch.place(place_of(source), _addresses(self._small[place_of(source)]))
         return launch
-
-    def _small_shape(self, kind: Kind, tensor: int) -> tuple[int, ...]:
-        if kind is Kind.WHOLE:
-            return ()
-        height, width = self.matches[tensor].shape[-2:]
-        return (self._stacks[tensor], height if kind is Kind.ROW else 1, width if kind is Kind.COLUMN else 1)
-
-    def _sum_buffer(self, reduction: Symbol, tensor: int) -> Array:
-        if self._dimensions is None:
-            return np.zeros(len(flat_chunks(self.sizes[tensor : tensor + 1])))
-        height, width, blocks = self._dimensions[tensor].tolist()
-        stack = self._stacks[tensor]
-        shapes = {Kind.WHOLE: (stack * blocks,), Kind.ROW: (stack, height), Kind.COLUMN: (stack, blocks, width)}
-        return np.zeros(shapes[reduction.kind])
 
     def _lay_out(self, place: str) -> None:
         """Find each tensor's address of one array; arrays that no kernel can walk get scratch."""
@@ -135,7 +121,7 @@ class Batch:
     def _lay_out_matrices(self) -> None:
         for symbol in [symbol for following in self.program.matrices for symbol in following]:
             place = place_of(symbol)
-            arrays = [np.empty((match.shape[0], math.prod(match.shape[1:])), self.dtype) for match in self.matches]
+            arrays = [np.empty(matrix_shape(match.shape), self.dtype) for match in self.matches]
             self._place(place, _addresses(arrays))
             self._matrices[place] = [self._library.from_numpy(array) for array in arrays]
 
@@ -200,7 +186,7 @@ class Batch:
         for i in range(len(self.matches)):
             known: dict[int, Any] = {
                 s.index: widened(views[i], self.formats[s.attribute].dtype, self.dtype).reshape(
-                    self._small_shape(s.kind, i)
+                    small_shape(s.kind, self.matches[i].shape)
                 )
                 for s, views in slots.items()
             }

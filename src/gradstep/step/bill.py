@@ -1,0 +1,97 @@
+"""What a step will need of memory, counted before anything is allocated."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradstep.arrays.library import MemoryLibrary, recognise
+from gradstep.arrays.memory import element_strides, strides_in_order
+from gradstep.program.blocks import BLOCK
+from gradstep.program.formats import BYTES, Format, compute_dtype, master_of
+from gradstep.program.newton_schulz import workspace_shapes
+from gradstep.program.program import Program, small_inputs
+from gradstep.step.forms import describe_floats
+from gradstep.step.leaf import Leaf
+from gradstep.step.match import check_parameter, walking_order
+from gradstep.step.sizes import count_blocks, matrix_shape, small_shape, sums_shape
+from gradstep.step.storage import parts_of
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBill:
+    """Bytes that an optimizer needs beside parameters and gradients.
+
+    Attributes:
+        slots: its state, codes and scales included.
+        masters: the float32 copies of parameters.
+        scratch: dense copies of arrays that kernels cannot walk, matrices that are orthogonalized, and sums, for
+            gradients laid out like their parameters. 0 for JAX and MLX, which have temporaries of their own.
+    """
+
+    slots: int = 0
+    masters: int = 0
+    scratch: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.slots + self.masters + self.scratch
+
+    def __add__(self, other: "MemoryBill") -> "MemoryBill":
+        return MemoryBill(self.slots + other.slots, self.masters + other.masters, self.scratch + other.scratch)
+
+    def __str__(self) -> str:
+        parts = (("slots", self.slots), ("masters", self.masters), ("scratch", self.scratch), ("total", self.total))
+        return ", ".join(f"{name} {size:,} bytes" for name, size in parts)
+
+
+def bill(named: Mapping[str, Any], routes: Sequence[tuple[Leaf, list[str]]], *, inspected: bool) -> MemoryBill:
+    """What these parameters cost, each with the optimizer that takes it."""
+    library = recognise(params=named)
+    total = MemoryBill()
+    for leaf, names in routes:
+        workspaces: dict[Any, int] = {}  # what matrices of one batch take turns in
+        for name in names:
+            if library.in_place is True:
+                total += _in_memory(library, leaf, name, named[name], workspaces, inspected=inspected)
+            else:
+                form = describe_floats(library, named[name], f"params[{name!r}]")
+                program = leaf.program(name, len(form.shape), clipped=False)
+                total += _state(program, leaf.storage.formats(program.slots, form.dtype, form.dtype), form.shape)
+        total += MemoryBill(scratch=sum(workspaces.values()))
+    return total
+
+
+def _state(program: Program, formats: Mapping[str, Format], shape: Sequence[int]) -> MemoryBill:
+    sizes = {part.name: math.prod(part.shape) * BYTES[part.dtype] for part in parts_of(program, formats, shape)}
+    masters = sizes.pop(master_of("w"), 0)
+    return MemoryBill(sum(sizes.values()), masters)
+
+
+def _in_memory(
+    library: MemoryLibrary, leaf: Leaf, name: str, parameter: Any, workspaces: dict[Any, int], *, inspected: bool
+) -> MemoryBill:
+    memory = check_parameter(library, name, parameter)
+    program = leaf.program(name, len(memory.shape), clipped=False)
+    formats = leaf.storage.formats(program.slots, memory.dtype, memory.dtype)
+    state, dtype = _state(program, formats, memory.shape), compute_dtype(memory.dtype)
+    scratch = _statistics(program, memory.shape, BYTES[dtype])
+    if element_strides(memory) != strides_in_order(memory.shape, walking_order(memory, program, formats)):
+        scratch += 2 * memory.size * memory.itemsize  # parameter and gradient
+    if inspected:
+        scratch += 8 * count_blocks(memory.size, BLOCK)
+    matrices = sum(map(len, program.matrices))
+    if matrices and memory.size:
+        scratch += matrices * memory.size * BYTES[dtype]
+        shapes = workspace_shapes(*matrix_shape(memory.shape))
+        workspaces.update({(id(program), dtype, item): math.prod(item[1]) * BYTES[dtype] for item in shapes.items()})
+    return state + MemoryBill(scratch=scratch)
+
+
+def _statistics(program: Program, shape: Sequence[int], itemsize: int) -> int:
+    """The sums of all sweeps, and the small values that they read."""
+    sums = [sums_shape(program, reduction, shape) for sweep in program.sweeps for reduction in sweep.reductions]
+    small = {source.index: source.kind for sweep in program.sweeps for source in small_inputs(sweep)}
+    values = sum(math.prod(small_shape(kind, shape)) for kind in small.values())
+    return 8 * sum(map(math.prod, sums)) + itemsize * values

@@ -1,0 +1,43 @@
+"""How large the buffers are that a step needs beside parameters, gradients and slots."""
+
+import math
+from collections.abc import Sequence
+
+from gradstep.program.blocks import BLOCK
+from gradstep.program.graph import Kind, Symbol
+from gradstep.program.kernel import ROWS
+from gradstep.program.program import Program
+
+
+def count_matrices(shape: Sequence[int]) -> int:
+    """How many matrices a tensor is a stack of."""
+    return math.prod(shape[:-2])
+
+
+def count_blocks(length: int, block: int) -> int:
+    """How many blocks cover a length."""
+    return -(-length // block)
+
+
+def small_shape(kind: Kind, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one value per tensor, matrix, row or column."""
+    if kind is Kind.WHOLE:
+        return ()
+    height, width = shape[-2:]
+    return (count_matrices(shape), height if kind is Kind.ROW else 1, width if kind is Kind.COLUMN else 1)
+
+
+def sums_shape(program: Program, reduction: Symbol, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the partial sums that a kernel leaves behind."""
+    if not program.factored:
+        return (count_blocks(math.prod(shape), BLOCK),)
+    stack, (height, width) = count_matrices(shape), shape[-2:]
+    if reduction.kind is Kind.ROW:
+        return (stack, height)
+    blocks = count_blocks(height, ROWS)
+    return (stack, blocks, width) if reduction.kind is Kind.COLUMN else (stack * blocks,)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The matrix as which a tensor is orthogonalized."""
+    return (shape[0], math.prod(shape[1:]))

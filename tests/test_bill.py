@@ -1,0 +1,98 @@
+"""Holds `opt.memory` to what a step really allocates."""
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+import gradstep as gs
+from families import configurations
+
+TABLES = 2048  # bytes for each parameter: addresses, chunks, scalars, counts
+STORAGE: list[dict[str, Any]] = [
+    {}, {"slot_dtype": "bfloat16"}, {"slot_dtype": "int8"}, {"rounding": "stochastic"}, {"master_weights": True},
+]  # fmt: skip
+SHAPES = {
+    "matrix": (300, 70),
+    "tall": (500, 20),
+    "stack": (3, 40, 50),
+    "vector": (70_001,),
+    "scalar": (),
+    "none": (0, 4),
+}
+LAYOUTS: dict[str, Callable[[Any], Any]] = {
+    "dense": lambda array: array,
+    "columns first": lambda array: np.asfortranarray(array),
+    "every other": lambda array: np.repeat(array, 2, axis=-1)[..., ::2] if array.ndim else array,
+}
+
+
+def made(cls: Any, kwargs: dict[str, Any], storage: dict[str, Any]) -> Any:
+    if cls is gs.Adafactor and storage.get("slot_dtype") == "int8":
+        storage = {"slot_dtype": {"v": "int8", "m": "int8"}}
+    return cls(**kwargs, **storage)
+
+
+def allocated(body: Callable[[], object]) -> int:
+    """The bytes of NumPy arrays that live on after the call."""
+    domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    tracemalloc.start()
+    try:
+        result = body()
+        traces = tracemalloc.take_snapshot().filter_traces([domain]).traces
+        del result
+        return sum(trace.size for trace in traces)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize(("cls", "kwargs"), configurations())
+def test_a_step_allocates_what_the_bill_says(cls, kwargs, storage, layout):
+    dtype = "bfloat16" if "master_weights" in storage or "rounding" in storage else "float32"
+    rng = np.random.default_rng(0)
+    params, grads = ({n: LAYOUTS[layout](rng.standard_normal(s).astype("float32").astype(jnp.dtype(dtype)))
+                      for n, s in SHAPES.items()} for _ in range(2))  # fmt: skip
+    for nonfinite in ("allow", "raise"):
+        opt = made(cls, kwargs, storage)
+        opt.nonfinite = nonfinite
+        bill = opt.memory(params)
+        assert not opt.state
+        assert bill.masters == (4 * sum(w.size for w in params.values()) if opt.master_weights else 0)
+        real = allocated(lambda opt=opt: opt.apply_gradients(grads, params))
+        assert bill.total <= real <= bill.total + TABLES * len(params)
+        kept = sum(array.nbytes for slots in opt.state.values() for array in slots.values())
+        assert kept == bill.slots + bill.masters
+
+
+@pytest.mark.parametrize("library", ["torch", "jax", "mlx"])
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_slots_of_other_libraries_cost_the_same(library, storage):
+    make = {"torch": lambda s: torch.zeros(s, dtype=torch.bfloat16), "jax": lambda s: jnp.zeros(s, "bfloat16"),
+            "mlx": lambda s: mx.zeros(s, mx.bfloat16)}[library]  # fmt: skip
+    params = {name: make(shape) for name, shape in SHAPES.items()}
+    opt = gs.AdamW(0.1, **storage)
+    bill = opt.memory(params)
+    opt.init(params)
+    arrays = [array for slots in opt.state.values() for array in slots.values()]
+    assert sum(array.nbytes for array in arrays) == bill.slots + bill.masters
+    assert bill.masters == (4 * sum(np.prod(s, dtype=int) for s in SHAPES.values()) if opt.master_weights else 0)
+
+
+def test_the_bill_of_several_optimizers_is_their_sum_and_frozen_parameters_cost_nothing():
+    params = {"a": np.zeros(1000, np.float32), "b": np.zeros(1000, np.float32), "c": np.zeros(9, np.float32)}
+    opt = gs.MultiOptimizer([gs.Adam(0.1), gs.SGD(0.1, momentum=0.9)], ["a"], frozen=["c"])
+    assert opt.memory(params) == gs.MemoryBill(slots=3 * 4000)
+    assert gs.SGD({"a": 0.1, "*": 0.2}, momentum={"a": 0, "*": 0.9}).memory(params).slots == 4036
+    assert str(opt.memory(params)) == "slots 12,000 bytes, masters 0 bytes, scratch 0 bytes, total 12,000 bytes"
+
+
+def test_what_cannot_be_trained_has_no_bill():
+    with pytest.raises(gs.DtypeError, match=r"params\['a'\] has dtype int64"):
+        gs.SGD(0.1).memory({"a": np.zeros(3, int)})
