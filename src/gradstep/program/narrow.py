@@ -183,7 +183,8 @@ def decode(code: Code, kept: Format, codes: str, scale: str, lanes: int) -> str:
     words = Words(code, lanes)
     wide = words.widen(codes, 8)
     magnitude = wide if kept.sign == "non-negative" else words.do("and", wide, 0x7F)
-    square = words.count(words.do("mul", magnitude, magnitude))
+    number = words.count(magnitude)
+    square = words.multiply(number, number)
     value = words.multiply(words.multiply(square, words.real(unit(kept))), words.spread(scale))
     if kept.sign == "non-negative":
         return value
