@@ -74,7 +74,8 @@ def to_nearest(x: Array, dtype: str) -> Array:
 
 def at_random(x: Array, dtype: str, words: Array) -> Array:
     """The neighbour away from zero where the noise and the distance from the other one come to more than the gap."""
-    size, numbers = np.abs(x).astype(np.float64), GRIDS[dtype]
+    with np.errstate(invalid="ignore"):
+        size, numbers = np.abs(x).astype(np.float64), GRIDS[dtype]
     below = np.clip(np.searchsorted(numbers, size, "right") - 1, 0, len(numbers) - 2)
     low, high = numbers[below], numbers[below + 1]
     finer = 16 if dtype == "bfloat16" else np.where(size < 2.0**-14, 21, 13)  # bits of the noise that count

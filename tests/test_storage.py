@@ -1,4 +1,4 @@
-"""Proves that parameters, gradients and slots of 16 bits and of 8-bit codes are what the documentation says, to the bit."""
+"""Proves that what is kept in 16 bits or in 8-bit codes is what the documentation says, to the bit."""
 
 import itertools
 from collections.abc import Iterator
@@ -105,7 +105,8 @@ class TestBits:
 
     @settings(max_examples=40)
     @given(
-        choice=st.sampled_from(choices(gs.Adamax)), size=st.integers(0, 600), of_w=st.sampled_from(["float32", "float16"]),
+        choice=st.sampled_from(choices(gs.Adamax)), size=st.integers(0, 600),
+        of_w=st.sampled_from(["float32", "float16"]),
         characters=st.tuples(*[st.sampled_from(CHARACTERS)] * 2), seed=st.integers(0, 2**32), count=st.integers(1, 4),
     )  # fmt: skip
     def test_any_size_and_any_values(self, choice, size, of_w, characters, seed, count):
