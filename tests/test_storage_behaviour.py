@@ -257,7 +257,7 @@ def distance(cls: Any, kwargs: Any, options: Any, dtype: str) -> float:
 
 @pytest.mark.parametrize(("options", "dtype", "bound"), BOUNDS)
 def test_the_error_of_20_steps_is_bounded(options: Any, dtype: str, bound: float) -> None:
-    rows = [(cls, kwargs) for param in configurations() for cls, kwargs in [param.values] if cls is not gs.Adafactor]
+    rows = [param.values for param in configurations() if param.values[0] is not gs.Adafactor][::2]
     found = {str(row): distance(*row, options, dtype) for row in rows}
     assert {row: error for row, error in found.items() if error > bound} == {}
     assert max(found.values()) > bound / 8, "the bound says too little"
