@@ -5,6 +5,7 @@ import itertools
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -493,6 +494,27 @@ def test_jax_and_mlx_agree_with_the_reference(library: str, choice: Choice, dtyp
                 assert_close(state[part], array)
 
 
+@on_both
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_adafactors_blocks_begin_anew_at_each_row_there_too(make: Any, rounding: Any) -> None:
+    options: Any = {"slot_dtype": {"m": "int8", "row": "bfloat16"}, "rounding": rounding, "beta_1": 0.9}
+    opt, plain = gs.Adafactor(**options), gs.Adafactor(**options)
+    params, expected = {"w": make(values(1, (5, 300), "float32"))}, {"w": values(1, (5, 300), "float32")}
+    for seed in (2, 3):
+        g = values(seed, (5, 300), "float32")
+        opt.apply_gradients({"w": make(g)}, params)
+        plain.apply_gradients({"w": g}, expected)
+    np.testing.assert_allclose(shown(params["w"]), expected["w"], rtol=1e-5, atol=1e-6)
+    state = {part: shown(array) for part, array in opt.state["w"].items()}
+    assert {part: array.shape for part, array in state.items()} == {
+        "row": (5,), "col": (300,), "m.codes": (5, 300), "m.scales": (10,)
+    }  # fmt: skip
+    np.testing.assert_allclose(state["m.scales"], plain.state["w"]["m.scales"], rtol=1e-5)
+    assert np.count_nonzero(state["m.codes"] != plain.state["w"]["m.codes"]) <= 15
+    off = np.abs(state["row"].astype(np.float32) / plain.state["w"]["row"].astype(np.float32) - 1)
+    assert off.max() <= 2.0**-7
+
+
 def assert_close(found: Any, expected: Any) -> None:
     """Nearly all the same, and the others within a few of the units in which they are stored."""
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
@@ -640,6 +662,16 @@ def test_options_cannot_be_changed_later(option: str, value: Any) -> None:
         setattr(opt, option, value)
     assert getattr(opt, option) == before
     assert getattr(gs.Adam(0.1, **{option: value}), option) == value
+
+
+def test_a_mapping_that_changes_later_changes_nothing() -> None:
+    given: Any = {"m": "int8"}
+    opt = gs.Adam(0.1, slot_dtype=given)
+    given["v"] = "float16"
+    assert opt.slot_dtype == {"m": "int8"}
+    assert "float16" not in repr(opt)
+    read_only = gs.Adam(0.1, slot_dtype=MappingProxyType({"m": "int8"}))
+    assert repr(copy.deepcopy(read_only)) == repr(pickle.loads(pickle.dumps(read_only))) == repr(opt)
 
 
 def test_bfloat16_of_numpy_needs_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
