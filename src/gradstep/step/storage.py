@@ -58,7 +58,8 @@ class Storage:
     def __init__(
         self, owner: str, slots: Mapping[str, Kind], signs: Mapping[str, Sign], options: StorageOptions
     ) -> None:
-        self.options = options
+        given = options.slot_dtype
+        self.options = options._replace(slot_dtype=dict(given)) if isinstance(given, Mapping) else options
         self._signs: dict[str, Sign] = {slot: signs.get(slot, "unknown") for slot in slots}
         self._dtypes = _slot_dtypes(owner, slots, options.slot_dtype)
         _check_rest(owner, options)
