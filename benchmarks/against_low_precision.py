@@ -2,8 +2,8 @@
 
     python benchmarks/against_low_precision.py [--elements 20000000] [--rounds 15] [--only bfloat16 8-bit]
 
-Times are medians in milliseconds, of sides that take turns. Packages that are not installed are left out with a line that
-says so; those that compile do it before the first round.
+Times are medians in milliseconds, of sides that take turns. Packages that are not installed are left out, with a line
+that says so; those that compile do it before the first round.
 """
 
 import argparse

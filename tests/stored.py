@@ -49,9 +49,9 @@ def noise(seed: int, name: str, place: str, step: int, size: int) -> Array:
     low, high = key % 2**32, key >> 32
     cut = np.uint64(2**32 - 1)
     x = (np.arange(size, dtype=np.uint64) + np.uint64(low)) & cut
-    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D) & cut) ^ np.uint64(high)
-    x = (x ^ (x >> np.uint64(15))) * np.uint64(0x846CA68B) & cut
-    return ((x ^ (x >> np.uint64(16))) + np.uint64(step * 0x9E3779B1 % 2**32)) & cut
+    x = x * np.uint64(0x7FEB352D) & cut
+    x = (x ^ (x >> np.uint64(16)) ^ np.uint64(high)) * np.uint64(0x846CA68B) & cut
+    return (x + np.uint64(step * 0x9E3779B1 % 2**32)) & cut
 
 
 # 16 bits
@@ -100,9 +100,17 @@ def out_of_blocks(blocks: Array, shape: Any, width: int) -> Array:
     return blocks.reshape(-1, max(width + -width % BLOCK, 1))[:, :width].reshape(shape)
 
 
+def units_of_codes(sign: str) -> Array:
+    """What each magnitude's code stands for, in units of which the largest code has a square number."""
+    if sign != "non-negative":
+        return np.arange(128.0) ** 2
+    halves = [16 * 2.0 ** -((29 - c) // 2) * (1.5 if c % 2 else 1.0) for c in range(1, 28)]
+    return np.array([0.0, *halves, *((c - 24.0) ** 2 for c in range(28, 256))])
+
+
 def encode(x: Array, sign: str, words: Array | None, width: int) -> tuple[Array, Array]:
     """The codes of float32 numbers, and the scale of each block."""
-    top = 255 if sign == "non-negative" else 127
+    table = units_of_codes(sign)
     one, blocks = np.float32(1), in_blocks(x.astype(np.float32), width)
     with np.errstate(all="ignore"):
         size = np.abs(blocks)
@@ -111,14 +119,18 @@ def encode(x: Array, sign: str, words: Array | None, width: int) -> tuple[Array,
         scales = np.where(largest > 0, np.maximum(largest, np.float32(2.0**-126)), np.float32(0))
         scales = np.where(finite, scales, np.float32(np.nan))
         inverse = one / np.maximum(largest, np.float32(2.0**-126))
-        units = np.minimum(size * inverse[:, None], one) * np.float32(top * top)
+        units = np.minimum(size * inverse[:, None], one) * np.float32(table[-1])
         units = np.where(finite[:, None], units, 0)
-        lower = np.floor(np.sqrt(units))
-        share = np.float32(0.5)
-        if words is not None:
-            share = (in_blocks(words, width) >> np.uint64(8)).astype(np.float32) / np.float32(2**24)
-        up = units - lower * lower > share * (2 * lower + one)
-        codes = (lower + up).astype(np.uint8)
+        codes = np.clip(np.searchsorted(table, units, "right") - 1, 0, len(table) - 2)
+        below, gap = table[codes].astype(np.float32), np.diff(table)[codes].astype(np.float32)
+        # Squares compare with 24 bits of the noise, halves of powers of two add 22 of them.
+        words = np.full(x.shape, 2**31, np.uint64) if words is None else words
+        cut = in_blocks(words, width) >> np.uint64(8)
+        up = units - below > cut.astype(np.float32) / np.float32(2**24) * gap
+        if sign == "non-negative":
+            distance = np.floor((units - below) / gap * 2.0**22).astype(np.uint64)
+            up = np.where(units < 16, distance + (cut >> np.uint64(2)) >= 2**22, up)
+        codes = (codes + up).astype(np.uint8)
     if sign != "signed":
         codes = np.where(size > 0, np.maximum(codes, 1), codes)
     if sign != "non-negative":
@@ -127,11 +139,11 @@ def encode(x: Array, sign: str, words: Array | None, width: int) -> tuple[Array,
 
 
 def decode(codes: Array, scales: Array, sign: str, width: int) -> Array:
-    """(c / N)**2 times the scale, from a table of what each code stands for."""
-    table = np.float32(np.arange(256) ** 2) * np.float32(1 / 255**2)
+    """The scale times what each code stands for, from a table."""
+    units = units_of_codes(sign)
+    table = units.astype(np.float32) * np.float32(1 / units[-1])
     if sign != "non-negative":
-        half = np.float32(np.arange(128) ** 2) * np.float32(1 / 127**2)
-        table = np.concatenate([half, -half])
+        table = np.concatenate([table, -table])
     with np.errstate(all="ignore"):
         return out_of_blocks(table[in_blocks(codes, width)] * scales[:, None], codes.shape, width)
 

@@ -12,7 +12,20 @@ from hypothesis import given, settings
 
 import gradstep as gs
 from families import assert_same_bits
-from stored import BLOCK, DTYPES, GRIDS, NARROW, at_random, encode, held, noise, seen, to_nearest, values
+from stored import (
+    BLOCK,
+    DTYPES,
+    GRIDS,
+    NARROW,
+    at_random,
+    encode,
+    held,
+    noise,
+    seen,
+    to_nearest,
+    units_of_codes,
+    values,
+)
 
 SIGNS = ("signed", "non-negative", "unknown")
 
@@ -41,8 +54,8 @@ def stored(x: Any, dtype: str, sign: str = "unknown", **options: Any) -> dict[st
 def decoded(parts: Any, sign: str) -> Any:
     """The values of codes, in float64."""
     codes, scales = parts["s.codes"].ravel().astype(np.int64), np.repeat(parts["s.scales"], BLOCK).astype(np.float64)
-    magnitude = codes if sign == "non-negative" else codes % 128
-    value = (magnitude / (255 if sign == "non-negative" else 127)) ** 2 * scales[: codes.size]
+    table = units_of_codes(sign)
+    value = table[codes % len(table)] / table[-1] * scales[: codes.size]
     return value if sign == "non-negative" else np.where(codes > 127, -value, value)
 
 
@@ -119,9 +132,9 @@ def gaps_of(x: Any, dtype: str) -> Any:
 
 
 def code_gaps(x: Any, scale: float, sign: str) -> Any:
-    top = 255 if sign == "non-negative" else 127
-    lower = np.minimum(np.floor(np.sqrt(np.abs(x) / scale) * top), top - 1)
-    return (2 * lower + 1) / top**2 * scale
+    table = units_of_codes(sign) / units_of_codes(sign)[-1] * scale
+    above = np.clip(np.searchsorted(table, np.abs(x), "right"), 1, len(table) - 1)
+    return table[above] - table[above - 1]
 
 
 class TestTheMean:
@@ -269,18 +282,17 @@ class TestCodes:
         rng = np.random.default_rng(seed)
         x = (rng.uniform(-1, 1, size) * 2.0 ** (power - rng.integers(0, spread + 1, size))).astype(np.float32)
         x = np.abs(x) if sign == "non-negative" else x
-        parts, top = stored(x, "int8", sign), 255 if sign == "non-negative" else 127
+        parts, table = stored(x, "int8", sign), units_of_codes(sign) / units_of_codes(sign)[-1]
         for start in range(0, size, BLOCK):
             block = np.abs(x[start : start + BLOCK].astype(np.float64))
             scale = float(parts["s.scales"][start // BLOCK])
             assert scale == (max(block.max(), 2.0**-126) if block.max() else 0)
             if scale == 0:
                 continue
-            codes = parts["s.codes"][start : start + BLOCK].astype(np.int64) % (top + 1)
-            off = np.abs((codes / top) ** 2 - block / scale)
-            exact = np.sqrt(block / scale) * top
-            low = np.minimum(np.floor(exact), top - 1)
-            room = (2 * low + 1) / top**2
+            codes = parts["s.codes"][start : start + BLOCK].astype(np.int64) % len(table)
+            off = np.abs(table[codes] - block / scale)
+            above = np.clip(np.searchsorted(table, block / scale, "right"), 1, len(table) - 1)
+            room = table[above] - table[above - 1]
             tolerance = 2.0**-20
             if sign == "signed":
                 assert (off <= room / 2 + tolerance).all()

@@ -1,7 +1,7 @@
 """LLVM IR that reads and writes what is narrower than float32: bfloat16, float16 and 8-bit codes."""
 
 from gradstep.program import processor
-from gradstep.program.formats import Format
+from gradstep.program.formats import BELOW, FIRST_SQUARE, HALVES, SHIFT, Format
 from gradstep.program.rounding import unit
 from gradstep.program.values import Code, literal, splat, vector
 
@@ -175,27 +175,31 @@ def _round_float16_at_random(words: Words, value: str, noise: str) -> str:
     return words.choose(words.order("uno", value, value), value, words.number_of(rounded))
 
 
-# Codes: c of N stands for (c / N)**2 times its block's scale, which is the largest magnitude of the block.
+# Codes: see `Format`. Units are magnitudes over the scale of their block, times the square of `steps`.
 
 
 def decode(code: Code, kept: Format, codes: str, scale: str, lanes: int) -> str:
     """The float32 numbers of codes; `scale` is one number."""
     words = Words(code, lanes)
     wide = words.widen(codes, 8)
-    magnitude = wide if kept.sign == "non-negative" else words.do("and", wide, 0x7F)
-    number = words.count(magnitude)
+    if kept.sign == "non-negative":
+        number = words.subtract(words.count(wide), words.real(float(SHIFT)))
+        small = words.do("shl", words.do("add", wide, BELOW), HALVES)
+        small = words.select(words.compare("eq", wide, 0), 0, small)
+        is_small = words.compare("ult", wide, FIRST_SQUARE)
+        units = words.choose(is_small, words.number_of(small), words.multiply(number, number))
+        return words.multiply(words.multiply(units, words.real(unit(kept))), words.spread(scale))
+    number = words.count(words.do("and", wide, 0x7F))
     square = words.multiply(number, number)
     value = words.multiply(words.multiply(square, words.real(unit(kept))), words.spread(scale))
-    if kept.sign == "non-negative":
-        return value
     return words.number_of(words.do("xor", words.bits(value), words.do("shl", words.do("and", wide, 0x80), 24)))
 
 
 def encode(code: Code, kept: Format, value: str, inverse: str, noise: str | None, lanes: int) -> str:
     """The codes of float32 numbers; `inverse` is one over the scale of the block.
 
-    The codes next to a number stand for c*c and (c + 1)*(c + 1) in units of the scale. The larger one is taken where
-    the number is more than the share `noise` of the way to it, a half without.
+    Of the two codes next to a number the larger one is taken where the number is more than the share `noise` of the way
+    to it, a half without.
     """
     words = Words(code, lanes)
     bits = words.bits(value)
@@ -203,16 +207,21 @@ def encode(code: Code, kept: Format, value: str, inverse: str, noise: str | None
     ratio = words.multiply(words.number_of(size), words.spread(inverse))
     one = words.real(1.0)
     ratio = words.choose(words.order("olt", ratio, one), ratio, one)  # NaN becomes 1: the scale says that it is NaN
-    units = words.multiply(ratio, words.real(float(kept.largest_code**2)))
+    units = words.multiply(ratio, words.real(float(kept.steps**2)))
     lower = words.floor(words.root(units))
     number = words.count(lower)
     past = words.subtract(units, words.multiply(number, number))
     gap = words.add(words.add(number, number), one)
     share = words.real(0.5) if noise is None else words.fraction(noise)
     nearest = words.do("add", lower, words.select(words.order("ogt", past, words.multiply(share, gap)), 1, 0))
+    if kept.sign == "non-negative":
+        moved = words.do("add", words.bits(units), 1 << (HALVES - 1) if noise is None else words.do("lshr", noise, 10))
+        small = words.do("sub", words.do("lshr", moved, HALVES), BELOW)
+        is_small = words.order("olt", units, words.real(float((FIRST_SQUARE - SHIFT) ** 2)))
+        nearest = words.select(is_small, small, words.do("add", nearest, SHIFT))
     if kept.sign != "signed":  # a floor: only zero is zero
         least = words.select(words.compare("ne", size, 0), 1, 0)
-        nearest = words.select(words.compare("ugt", nearest, least), nearest, least)
+        nearest = words.select(words.compare("sgt", nearest, least), nearest, least)
     if kept.sign == "non-negative":
         return words.cut(nearest, 8)
     negative = words.do("lshr", words.do("and", bits, SIGN_BIT), 24)

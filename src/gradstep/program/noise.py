@@ -3,9 +3,9 @@
 ```
 key   = mix(hash(parameter) ^ mix(seed) ^ hash(place))             64 bits
 x     = index + low(key)                     index: the low 32 bits of the element's number in C order
-x     = (x ^ x >> 16) * MULTIPLIERS[0] ^ (high(key) + (index >> 32) * GOLDEN)
-x     = (x ^ x >> 15) * MULTIPLIERS[1]
-noise = (x ^ x >> 16) + step * GOLDEN
+x     = x * MULTIPLIERS[0]
+x     = (x ^ x >> 16 ^ high(key) + (index >> 32) * GOLDEN) * MULTIPLIERS[1]
+noise = x + step * GOLDEN
 ```
 
 Over the steps the noise of an element is a Weyl sequence of the golden ratio. It falls into every interval as often as
@@ -19,7 +19,7 @@ Wellons, 2018, https://nullprogram.com/blog/2018/07/31/
 
 import hashlib
 
-from gradstep.program.values import Code, vector
+from gradstep.program.values import Code, splat, vector
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B1  # 2**32 over the golden ratio, made odd
@@ -66,12 +66,9 @@ def emit_mix(code: Code, word: str) -> str:
 def emit_noise(code: Code, index: str, high: str, shift: str, lanes: int) -> str:
     """The noise of elements as IR: `index` is their number with the low half of the key added."""
     words = vector("i32", lanes)
-    constant = [f"<{', '.join([f'i32 {n - (n >> 31 << 32)}'] * lanes)}>" if lanes > 1 else str(n - (n >> 31 << 32))
-                for n in MULTIPLIERS]  # fmt: skip
-    places = [f"<{', '.join([f'i32 {n}'] * lanes)}>" if lanes > 1 else str(n) for n in (16, 15, 16)]
-    x = code.let(f"xor {words} {index}, {code.let(f'lshr {words} {index}, {places[0]}')}")
-    x = code.let(f"xor {words} {code.let(f'mul {words} {x}, {constant[0]}')}, {high}")
-    x = code.let(f"xor {words} {x}, {code.let(f'lshr {words} {x}, {places[1]}')}")
-    x = code.let(f"mul {words} {x}, {constant[1]}")
-    x = code.let(f"xor {words} {x}, {code.let(f'lshr {words} {x}, {places[2]}')}")
+    constant = [splat(code, "i32", str(factor - (factor >> 31 << 32)), lanes) for factor in MULTIPLIERS]
+    half = splat(code, "i32", "16", lanes)
+    x = code.let(f"mul {words} {index}, {constant[0]}")
+    x = code.let(f"xor {words} {x}, {code.let(f'lshr {words} {x}, {half}')}")
+    x = code.let(f"mul {words} {code.let(f'xor {words} {x}, {high}')}, {constant[1]}")
     return code.let(f"add {words} {x}, {shift}")

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradstep.program.formats import QUANTUM, Format
+from gradstep.program.formats import BELOW, FIRST_SQUARE, HALVES, QUANTUM, SHIFT, Format
 from gradstep.program.noise import MULTIPLIERS, mix, name_key, step_shift
 
 
@@ -54,9 +54,9 @@ def noise(on: WordOperations, key: Sequence[Any], shape: Sequence[int]) -> Any:
     low, high, shift = key
     w = on.word
     x = on.count(math.prod(shape)) + low  # of arrays with 2**32 elements or more, the low halves of their numbers
-    x = ((x ^ (x >> w(16))) * w(MULTIPLIERS[0])) ^ high
-    x = (x ^ (x >> w(15))) * w(MULTIPLIERS[1])
-    return ((x ^ (x >> w(16))) + shift).reshape(shape)
+    x = x * w(MULTIPLIERS[0])
+    x = (x ^ (x >> w(16)) ^ high) * w(MULTIPLIERS[1])
+    return (x + shift).reshape(shape)
 
 
 def round_at_random(on: WordOperations, x: Any, dtype: str, words: Any) -> Any:
@@ -84,12 +84,18 @@ def encode(on: WordOperations, kept: Format, values: Any, words: Any | None, *, 
     scales, inverses = _scales(on, size.max(axis=1))
     ratio = on.floats(size) * inverses[:, None]
     ratio = on.call("where", ratio < real(1.0), ratio, real(1.0))
-    units = ratio * real(float(kept.largest_code**2))
+    units = ratio * real(float(kept.steps**2))
     lower = on.cast(on.call("sqrt", units), "uint32")
     number = on.cast(lower, "float32")
-    share = real(0.5) if words is None else _fraction(on, _blocks(on, words, by_row=by_row))
+    words = None if words is None else _blocks(on, words, by_row=by_row)
+    share = real(0.5) if words is None else on.cast(words >> w(8), "float32") * real(2.0**-24)
     past, gap = units - number * number, number + number + real(1.0)
     nearest = lower + on.cast(past > share * gap, "uint32")
+    if kept.sign == "non-negative":
+        moved = on.bits(units) + (w(1 << (HALVES - 1)) if words is None else words >> w(32 - HALVES))
+        small = on.call("maximum", moved >> w(HALVES), w(BELOW)) - w(BELOW)
+        is_small = units < real(float((FIRST_SQUARE - SHIFT) ** 2))
+        nearest = on.call("where", is_small, small, nearest + w(SHIFT))
     if kept.sign != "signed":  # a floor: only zero is zero
         nearest = on.call("maximum", nearest, on.cast(size != w(0), "uint32"))
     if kept.sign != "non-negative":
@@ -102,27 +108,28 @@ def decode(on: WordOperations, kept: Format, codes: Any, scales: Any, *, by_row:
     """The float32 numbers of codes."""
     w = on.word
     wide = _blocks(on, on.cast(codes, "uint32"), by_row=by_row)
-    magnitude = wide if kept.sign == "non-negative" else wide & w(0x7F)
-    values = on.cast(magnitude * magnitude, "float32") * on.real(unit(kept)) * scales[:, None]
+    if kept.sign == "non-negative":
+        number = on.cast(wide, "float32") - on.real(float(SHIFT))
+        small = on.call("where", wide == w(0), w(0), (wide + w(BELOW)) << w(HALVES))
+        units = on.call("where", wide < w(FIRST_SQUARE), on.floats(small), number * number)
+    else:
+        number = on.cast(wide & w(0x7F), "float32")
+        units = number * number
+    values = units * on.real(unit(kept)) * scales[:, None]
     if kept.sign != "non-negative":
         values = on.floats(on.bits(values) ^ ((wide & w(0x80)) << w(24)))
     return _unblocks(values, codes.shape, by_row=by_row)
 
 
 def unit(kept: Format) -> float:
-    """What code 1 stands for, in float32; times the largest code's square it is 1."""
-    return float(np.float32(1 / kept.largest_code**2))
+    """One unit of codes in float32; the largest magnitude in units, times this, is 1 exactly."""
+    return float(np.float32(1 / kept.steps**2))
 
 
 def key_words(tensor: int, place: str, step: int) -> tuple[int, int, int]:
     """The three words with which the noise of an array begins; `tensor` is its parameter's key."""
     key = mix(tensor ^ name_key(place))
     return key & 0xFFFFFFFF, key >> 32, step_shift(step)
-
-
-def _fraction(on: WordOperations, words: Any) -> Any:
-    """Words as numbers from 0 to 1, exclusive."""
-    return on.cast(words >> on.word(8), "float32") * on.real(2.0**-24)
 
 
 def _scales(on: WordOperations, largest: Any) -> tuple[Any, Any]:
