@@ -53,7 +53,7 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
     else:
         refuse_tracing(library, list(named.values()))
         forms = {name: library.describe(array, f"grads[{name!r}]") for name, array in named.items()}
-        look = look_at(library, list(named.values()), max_norm)
+        look = look_at(library, [{"g": array} for array in named.values()], max_norm)
         clipped = {name: array * library.cast(look.scale, forms[name].dtype) for name, array in named.items()}
         norm = float(library.read(look.norm))
     return cast("Grads", _rebuild(grads, clipped, "")), norm
@@ -71,7 +71,7 @@ def _norm(library: MemoryLibrary, named: Mapping[str, object]) -> float:
         addresses = np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
         sums += Inspector(dtype, [array.size for array in arrays]).inspect(addresses)[0]
     every = [array for arrays in by_dtype.values() for array in arrays]
-    return global_norm(sums, every, exact="float64" not in by_dtype)
+    return global_norm(sums, lambda: every, exact="float64" not in by_dtype)
 
 
 def _scaled(array: Any, scale: float) -> Any:

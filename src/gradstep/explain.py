@@ -6,7 +6,7 @@ from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.optimizer import Optimizer
 from gradstep.program.compiler import module_ir
 from gradstep.program.formulas import spell
-from gradstep.program.graph import Kind, Symbol
+from gradstep.program.graph import Kind, Reading, Symbol
 from gradstep.program.kernel import emit
 from gradstep.program.program import Program, Sweep, is_input, place_of
 from gradstep.program.values import BYTES
@@ -43,9 +43,9 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
         raise ArgumentTypeError(f"explain takes an optimizer, got {opt!r}")
     if dtype not in BYTES:
         raise DtypeError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
-    clipped = opt.clip_norm is not None
+    reading = Reading.SCALED if opt.clip_norm is not None else Reading.PLAIN
     leaves = opt._leaves()  # pyright: ignore[reportPrivateUsage]
-    print("\n\n".join(_explain(leaf.program(ndim, clipped=clipped), ndim, dtype, ir) for leaf in leaves))
+    print("\n\n".join(_explain(leaf.program(ndim, reading), ndim, dtype, ir) for leaf in leaves))
 
 
 def _explain(program: Program, ndim: int, dtype: str, ir: bool) -> str:

@@ -134,7 +134,7 @@ class RuleUpdate(Optimizer):
         return self.slot_names.get(slot, slot)
 
     def _program(self, parameter: mx.array) -> Program:
-        return self._leaf.program(parameter.ndim, clipped=False)
+        return self._leaf.program(parameter.ndim)
 
     # The step
 

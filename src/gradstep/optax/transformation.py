@@ -9,7 +9,7 @@ from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Optimizer
 from gradstep.program.device_scalars import DeviceScalars
 from gradstep.program.device_schedules import schedule_on_device
-from gradstep.program.graph import Kind, reachable
+from gradstep.program.graph import Kind, Reading, reachable
 from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
 from gradstep.step.functional import inspect_gradients
@@ -71,7 +71,8 @@ class _Transformation:
         self._optimizer = optimizer
         leaves = optimizer._leaves()  # pyright: ignore[reportPrivateUsage]
         self._clipped = optimizer.clip_norm is not None
-        programs = [leaf.program(ndim, clipped=self._clipped) for leaf in leaves for ndim in (0, 1, 2)]
+        self._reading = Reading.SCALED if self._clipped else Reading.PLAIN
+        programs = [leaf.program(ndim, self._reading) for leaf in leaves for ndim in (0, 1, 2)]
         self._slots = list(dict.fromkeys(slot for program in programs for slot in program.slots))
 
     def init(self, params: Any) -> RuleState:
@@ -97,7 +98,7 @@ class _Transformation:
             if params is None:
                 _check_independence(program)
                 w = jnp.zeros_like(w)
-            known = _hyperparameters(leaf, state.count) | {"clip_scale": look.scale if look else 1.0}
+            known = _hyperparameters(leaf, state.count) | {"grad_scale": look.scale if look else 1.0}
             results.append(_update(program, w, g, old, known))
         taken = look.finite if look and self._optimizer.nonfinite == "skip" else True
         if taken is not True:
@@ -114,7 +115,7 @@ class _Transformation:
         return self._clipped or self._optimizer.nonfinite == "skip"
 
     def _program(self, leaf: Leaf, w: Any) -> Program:
-        return leaf.program(w.ndim, clipped=self._clipped)
+        return leaf.program(w.ndim, self._reading)
 
     def _flatten(self, params: Any) -> tuple[list[Any], Any, list[Leaf]]:
         """The arrays, the tree's structure, and whose rule each array follows."""

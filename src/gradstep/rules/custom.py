@@ -9,7 +9,7 @@ from gradstep.errors import RuleError
 from gradstep.hyperparameters import FINITE, REQUIRED, Field, Scalar, Static
 from gradstep.rules.base import RuleOptimizer
 
-RESERVED = frozenset({"t", "w", "g", "rule", "clip_scale", "optimizers", *dir(RuleOptimizer)})
+RESERVED = frozenset({"t", "w", "g", "rule", "grad_scale", "optimizers", *dir(RuleOptimizer)})
 
 
 class CustomOptimizer(RuleOptimizer):
@@ -22,7 +22,7 @@ class CustomOptimizer(RuleOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._leaf.program(2, clipped=False)  # an error in the rule's body belongs here, not into the first step
+        self._leaf.program(2)  # an error in the rule's body belongs here, not into the first step
 
 
 @overload

@@ -9,14 +9,14 @@ import numpy as np
 from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Integers
 from gradstep.program.compiler import compile_kernel
-from gradstep.program.graph import Kind, Symbol
+from gradstep.program.graph import Kind, Reading, Symbol
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
 from gradstep.program.program import Program, place_of, small_inputs
 from gradstep.step.launch import Launch, flat_chunks, matrix_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
-from gradstep.step.scalars import ScalarTable
+from gradstep.step.scalars import Scales, ScalarTable
 from gradstep.step.small import SmallValues, matrix_statistic, whole_statistic
 
 Array = np.ndarray[Any, Any]
@@ -36,6 +36,7 @@ class Batch:
     def __init__(self, leaf: Leaf, library: MemoryLibrary, matches: Sequence[Match]) -> None:
         self.leaf, self._library, self.matches = leaf, library, list(matches)
         self.program: Program = matches[0].program
+        self.reading = matches[0].reading
         self.dtype = matches[0].memory["w"].dtype
         self.gradient_dtype = matches[0].memory["g"].dtype
         self.sizes: Integers = np.array([match.memory["w"].size for match in matches], np.int64)
@@ -52,7 +53,7 @@ class Batch:
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
-        for place in ("w", "g", *self.program.slots):
+        for place in ("w", "g", *self.program.slots, *(["g.sum"] if self.reading is Reading.SUMMED else [])):
             self._lay_out(place)
         self._lay_out_matrices()
 
@@ -114,7 +115,8 @@ class Batch:
                 addresses[i] = match.memory[place].address
                 continue
             copy = match.scratch(match.memory[place].dtype)
-            self.scratch.append(Scratch(place, i, copy, written=place != "g", array=match.slots.get(place)))
+            array = match.total if place == "g.sum" else match.slots.get(place)
+            self.scratch.append(Scratch(place, i, copy, written=place not in ("g", "g.sum"), array=array))
             addresses[i] = copy.ctypes.data
         self._place(place, addresses)
 
@@ -148,10 +150,10 @@ class Batch:
             array = handed[scratch.place][scratch.tensor] if scratch.array is None else scratch.array
             np.copyto(scratch.copy, self._library.as_numpy(array))
 
-    def prepare(self, clip_scale: float) -> None:
+    def prepare(self, scales: Scales) -> None:
         """Fill the scalars and run every sweep but the last: all that is written is scratch."""
         self.leaf.check_rounded(self.dtype)
-        self._scalars.fill(clip_scale)
+        self._scalars.fill(scales)
         if len(self._launches) == 1:
             return
         with np.errstate(all="ignore"):
@@ -227,6 +229,6 @@ def batches(leaf: Leaf, library: MemoryLibrary, matches: Sequence[Match]) -> lis
     """Sort matches by program and dtypes, and make a batch of each sort."""
     sorts: dict[Any, list[Match]] = {}
     for match in matches:
-        key = (id(match.program), match.memory["w"].dtype, match.memory["g"].dtype)
+        key = (id(match.program), match.reading, match.memory["w"].dtype, match.memory["g"].dtype)
         sorts.setdefault(key, []).append(match)
     return [Batch(leaf, library, group) for group in sorts.values()]

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
-from gradstep.program.graph import Kind, Trace, trace
+from gradstep.program.graph import Kind, Reading, Trace, trace
 from gradstep.program.program import Program
 from gradstep.settings import Settings
 from gradstep.step import forms
@@ -44,7 +44,7 @@ class Leaf:
         self.shown: set[str] = set()  # the parameters whose slots somebody else may hold, and move
         self._ledger: dict[str, int] = {}  # the row of each parameter in the counts
         self._counts: Integers = np.zeros(0, np.int64)
-        self._programs: dict[tuple[int, bool], Program] = {}
+        self._programs: dict[tuple[int, Reading], Program] = {}
 
     # Hyperparameters
 
@@ -129,10 +129,10 @@ class Leaf:
         for name, parameter in params.items():
             if library.in_place is False:
                 form = library.describe(parameter, f"params[{name!r}]")
-                entries[name] = forms.make_slots(library, name, form, self.program(len(form.shape), clipped=False), {})
+                entries[name] = forms.make_slots(library, name, form, self.program(len(form.shape)), {})
                 continue
             memory = check_parameter(library, name, parameter)
-            entries[name] = make_slots(library, name, memory, self.program(len(memory.shape), clipped=False), {})
+            entries[name] = make_slots(library, name, memory, self.program(len(memory.shape)), {})
         return entries, {name: row for row, name in enumerate(entries)}, np.zeros(len(entries), np.int64)
 
     def adopt(self, state: State) -> None:
@@ -172,15 +172,15 @@ class Leaf:
 
     # Programs
 
-    def program(self, ndim: int, *, clipped: bool) -> Program:
+    def program(self, ndim: int, reading: Reading = Reading.PLAIN) -> Program:
         """The rule traced for this configuration and number of dimensions; equal programs are one object."""
-        if (ndim, clipped) not in self._programs:
-            program = self._trace(ndim, clipped=clipped)
+        if (ndim, reading) not in self._programs:
+            program = self._trace(ndim, reading)
             equal = (known for known in self._programs.values() if known.key == program.key)
-            self._programs[ndim, clipped] = next(equal, program)
-        return self._programs[ndim, clipped]
+            self._programs[ndim, reading] = next(equal, program)
+        return self._programs[ndim, reading]
 
-    def _trace(self, ndim: int, *, clipped: bool) -> Program:
+    def _trace(self, ndim: int, reading: Reading) -> Program:
         family, (names, takes_t) = self._family, rule_arguments(self._family.rule)
         slots = {slot: family.slot_kinds.get(slot, Kind.FULL) for slot in names}
 
@@ -190,7 +190,7 @@ class Leaf:
 
         outputs = trace(
             family.rule, slots, name=family.__name__, ndim=ndim,
-            arguments=arguments, removable=self.settings.removable, clipped=clipped,
+            arguments=arguments, removable=self.settings.removable, reading=reading,
         )  # fmt: skip
         return Program(family.__name__, {slot: kind for slot, kind in slots.items() if slot in outputs}, outputs)
 

@@ -15,20 +15,22 @@ from gradstep.arrays.memory import (
     strides_in_order,
 )
 from gradstep.errors import AliasedParametersError, ArgumentTypeError, DtypeError, ReadOnlyError, ShapeError
-from gradstep.program.graph import Kind
+from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import Program
 
 
 @dataclass(frozen=True)
 class Match:
-    """One parameter of the step: its arrays by place (`w`, `g`, slots), and where each lies."""
+    """One parameter of the step: its arrays by place (`w`, `g`, slots, `g.sum`), and where each lies."""
 
     name: str
     program: Program
+    reading: Reading
     order: tuple[int, ...]
     strides: tuple[int, ...]
     memory: Mapping[str, Memory]
     slots: Mapping[str, Any]
+    total: Any  # the sum that the gradient is added to, if there is one
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,8 +61,9 @@ def check_parameter(library: MemoryLibrary, name: str, parameter: Any) -> Memory
 
 
 def match(
-    library: MemoryLibrary, name: str, parameter: Any, gradient: Any, program: Program, slots: Mapping[str, Any]
-) -> Match:
+    library: MemoryLibrary, name: str, parameter: Any, gradient: Any, program: Program, slots: Mapping[str, Any],
+    reading: Reading = Reading.PLAIN, total: Any = None,
+) -> Match:  # fmt: skip
     """Check the arrays of one name against each other; missing slots are allocated, not yet published."""
     memory = {"w": check_parameter(library, name, parameter)}
     memory["g"] = library.describe(gradient, f"grads[{name!r}]")
@@ -69,8 +72,10 @@ def match(
     found = make_slots(library, name, memory["w"], program, slots)
     for slot, array in found.items():
         memory[slot] = library.describe(array, f"state[{name!r}][{slot!r}]")
+    if total is not None:
+        memory["g.sum"] = library.describe(total, f"sums[{name!r}]")
     order = walking_order(memory["w"], program)
-    return Match(name, program, order, strides_in_order(memory["w"].shape, order), memory, found)
+    return Match(name, program, reading, order, strides_in_order(memory["w"].shape, order), memory, found, total)
 
 
 def walking_order(memory: Memory, program: Program) -> tuple[int, ...]:
