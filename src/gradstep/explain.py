@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from gradstep.accumulate import Accumulate
 from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.optimizer import Optimizer
 from gradstep.program.compiler import module_ir
@@ -15,7 +16,8 @@ from gradstep.program.values import BYTES
 def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool = True) -> None:
     """Print the program of each rule in `opt`: its formulas, what it reads and writes, and its LLVM IR.
 
-    A prime marks new values: `m'` is what `m` becomes.
+    A prime marks new values: `m'` is what `m` becomes. Of an `Accumulate` it is the step that ends a round, which adds
+    the gradient `g` to the sum `g.sum`.
 
     Args:
         opt: any optimizer.
@@ -44,6 +46,8 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
     if dtype not in BYTES:
         raise DtypeError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
     reading = Reading.SCALED if opt.clip_norm is not None else Reading.PLAIN
+    if isinstance(opt, Accumulate) and opt.every > 1:
+        reading = Reading.SUMMED
     leaves = opt._leaves()  # pyright: ignore[reportPrivateUsage]
     print("\n\n".join(_explain(leaf.program(ndim, reading), ndim, dtype, ir) for leaf in leaves))
 

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
+from gradstep.accumulate import Accumulate
 from gradstep.arrays.jax import JAX
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Optimizer
@@ -43,7 +44,7 @@ def from_optimizer(optimizer: Optimizer) -> Any:
 
     Raises:
         ArgumentTypeError: not an optimizer of gradstep.
-        ConfigurationError: `nonfinite="raise"`, which no compiled function can do.
+        ConfigurationError: `nonfinite="raise"`, which no compiled function can do, or an `Accumulate`.
 
     Example:
         >>> import gradstep as gs, jax.numpy as jnp, optax
@@ -56,6 +57,11 @@ def from_optimizer(optimizer: Optimizer) -> Any:
     """
     if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentTypeError(f"from_optimizer takes an optimizer of gradstep, got {optimizer!r}")
+    if isinstance(optimizer, Accumulate):
+        raise ConfigurationError(
+            f"{optimizer!r} sums gradients between calls; write optax.MultiSteps(from_optimizer(opt.optimizer), "
+            f"every_k_schedule={optimizer.every}) instead"
+        )
     if optimizer.nonfinite == "raise":
         raise ConfigurationError(
             'nonfinite="raise" cannot work inside of compiled functions; use "skip", or optax.apply_if_finite'

@@ -16,7 +16,7 @@ from gradstep.program.program import Program, place_of, small_inputs
 from gradstep.step.launch import Launch, flat_chunks, matrix_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
-from gradstep.step.scalars import Scales, ScalarTable
+from gradstep.step.scalars import ScalarTable, Scales
 from gradstep.step.small import SmallValues, matrix_statistic, whole_statistic
 
 Array = np.ndarray[Any, Any]

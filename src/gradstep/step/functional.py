@@ -18,7 +18,7 @@ from gradstep.step.forms import check_devices, check_gradient, make_slots
 from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
-from gradstep.step.scalars import Scales, ScalarTable
+from gradstep.step.scalars import ScalarTable, Scales
 
 
 class Task(NamedTuple):

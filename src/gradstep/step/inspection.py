@@ -76,9 +76,7 @@ def _kernel(dtype: str, stored: str, reading: Reading) -> tuple[Kernel, str]:
     return compile_kernel(emit(program, program.sweeps[0], dtype, {"g": stored})), place_of(norm)
 
 
-def global_norm(
-    sums: Sequence[float], arrays: Callable[[], Iterable[np.ndarray[Any, Any]]], *, exact: bool
-) -> float:
+def global_norm(sums: Sequence[float], arrays: Callable[[], Iterable[np.ndarray[Any, Any]]], *, exact: bool) -> float:
     """The root of the sum of all blocks.
 
     Squares of float32 can neither over- nor underflow in float64 (`exact`). Those of float64 can: then the

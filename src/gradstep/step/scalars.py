@@ -28,7 +28,9 @@ class Scales(NamedTuple):
         """Raise where rounding to the compute dtype gives infinity."""
         for value in self:
             if abs(value) >= LARGEST[dtype]:
-                raise OutOfRangeError(f"grad_scale must be finite in {dtype}, the dtype of the computation, got {value}")
+                raise OutOfRangeError(
+                    f"grad_scale must be finite in {dtype}, the dtype of the computation, got {value}"
+                )
 
 
 class ScalarTable:
