@@ -711,7 +711,7 @@ def test_what_cannot_be_made_says_why() -> None:
 def test_optax_has_its_own_way() -> None:
     from gradstep.optax import from_optimizer
 
-    with pytest.raises(gs.ConfigurationError, match="optax.MultiSteps"):
+    with pytest.raises(gs.ConfigurationError, match=r"optax\.MultiSteps"):
         from_optimizer(gs.Accumulate(gs.SGD(0.1), every=2))
 
 
