@@ -294,8 +294,8 @@ class TestFormulas:
         assert [line.split(",")[0] for line in text.splitlines() if "dimensions" in line] == ["Lion", "SGD"]
 
     def test_clipping_shows(self, explained):
-        assert "clip_scale" in explained(gs.SGD(0.1, clip_norm=1.0), ir=False).text
-        assert "clip_scale" not in explained(gs.SGD(0.1), ir=False).text
+        assert "grad_scale" in explained(gs.SGD(0.1, clip_norm=1.0), ir=False).text
+        assert "grad_scale" not in explained(gs.SGD(0.1), ir=False).text
 
 
 class TestPasses:

@@ -1,5 +1,6 @@
 """The optimizer step, done right: fused, all-or-nothing, state by name, on arrays of NumPy, PyTorch, JAX and MLX."""
 
+from gradstep.accumulate import Accumulate
 from gradstep.clip import clip_grad_norm
 from gradstep.errors import (
     AliasedParametersError,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Accumulate",
     "AdaDelta",
     "Adafactor",
     "Adagrad",

@@ -57,7 +57,7 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
     else:
         refuse_tracing(library, list(named.values()))
         dtypes = {name: forms.describe_floats(library, x, f"grads[{name!r}]").dtype for name, x in named.items()}
-        look = look_at(library, list(named.values()), max_norm)
+        look = look_at(library, [{"g": array} for array in named.values()], max_norm)
         clipped = {name: _scaled_anew(library, array, look.scale, dtypes[name]) for name, array in named.items()}
         norm = float(library.read(look.norm))
     return cast("Grads", _rebuild(grads, clipped, "")), norm
@@ -75,9 +75,9 @@ def _norm(library: MemoryLibrary, named: Mapping[str, object]) -> float:
         addresses = np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
         sums += Inspector(dtype, [array.size for array in arrays]).inspect(addresses)[0]
     if "float64" not in by_dtype:
-        return global_norm(sums, [], exact=True)
-    every = [widened(array, dtype, "float64") for dtype, arrays in by_dtype.items() for array in arrays]
-    return global_norm(sums, every, exact=False)
+        return global_norm(sums, list, exact=True)
+    every = [(array, dtype) for dtype, arrays in by_dtype.items() for array in arrays]
+    return global_norm(sums, lambda: (widened(array, dtype, "float64") for array, dtype in every), exact=False)
 
 
 def _scaled(array: Any, scale: float) -> Any:

@@ -27,7 +27,7 @@ def describe(named: Mapping[str, Any], routes: Sequence[Route]) -> str:
     for title, leaf, names in used:
         for name in names:
             given = leaf.settings_of(name).scalars
-            program = leaf.program(name, len(named[name].shape), clipped=False)
+            program = leaf.program(name, len(named[name].shape))
             rows[name][-1:] = [title] if several else []
             rows[name] += [_spell(given[scalar]) if scalar in given else NOTHING for scalar in scalars]
             rows[name].append(" ".join(program.slots) or NOTHING)

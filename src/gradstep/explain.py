@@ -2,12 +2,13 @@
 
 from collections import Counter
 
+from gradstep.accumulate import Accumulate
 from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.optimizer import Optimizer
 from gradstep.program.compiler import module_ir
 from gradstep.program.formats import BYTES
 from gradstep.program.formulas import spell
-from gradstep.program.graph import Kind, Symbol
+from gradstep.program.graph import Kind, Reading, Symbol
 from gradstep.program.kernel import emit
 from gradstep.program.program import Program, Sweep, is_input, place_of
 
@@ -16,7 +17,8 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
     """Print the programs of each rule in `opt`: formulas, what is read and written, and the LLVM IR.
 
     A rule has more than one where a mapping removes a term for some parameters; each then says for which globs. A prime
-    marks new values: `m'` is what `m` becomes.
+    marks new values: `m'` is what `m` becomes. Of an `Accumulate` it is the step that ends a round, which adds the
+    gradient `g` to the sum `g.sum`.
 
     Args:
         opt: any optimizer.
@@ -44,9 +46,11 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
         raise ArgumentTypeError(f"explain takes an optimizer, got {opt!r}")
     if dtype not in BYTES:
         raise DtypeError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
-    clipped = opt.clip_norm is not None
+    reading = Reading.SCALED if opt.clip_norm is not None else Reading.PLAIN
+    if isinstance(opt, Accumulate) and opt.every > 1:
+        reading = Reading.SUMMED
     leaves = opt._leaves()  # pyright: ignore[reportPrivateUsage]
-    programs = [found for leaf in leaves for found in _programs(leaf.programs(ndim, clipped=clipped))]
+    programs = [found for leaf in leaves for found in _programs(leaf.programs(ndim, reading))]
     print("\n\n".join(_explain(program, uses, ndim, dtype, ir) for program, uses in programs))
 
 

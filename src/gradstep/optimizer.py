@@ -9,7 +9,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -17,19 +17,24 @@ from gradstep.arrays.library import OTHER, STAYED, recognise
 from gradstep.describe import Route, describe
 from gradstep.errors import (
     NonFiniteGradientError,
+    NonFiniteScalarError,
     UnknownParameterError,
 )
 from gradstep.interrupts import InterruptsHeld
+from gradstep.learning_rate import to_float
 from gradstep.options import DEFAULTS, ClipNorm, Donate, Frozen, NonFinite, Policy, thawed
 from gradstep.program.arithmetic import IeeeArithmetic
+from gradstep.program.graph import Reading
 from gradstep.report import AwaitedReport, Rate, Report
 from gradstep.step.bill import MemoryBill, bill
 from gradstep.step.functional import FunctionalPlan, Look, refuse_shared, refuse_tracing
 from gradstep.step.inspection import Inspection, clip_scale
+from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
 from gradstep.step.overlap import refuse_overlap
 from gradstep.step.plan import Plan, Share
+from gradstep.step.scalars import Scales
 from gradstep.tree import entries_of, named_arrays
 
 Params = TypeVar("Params")
@@ -49,6 +54,7 @@ class Optimizer(ABC):
     _nonfinite: Policy
     _donate: bool
     _frozen: tuple[str, ...]
+    _uncopied: ClassVar[frozenset[str]] = frozenset({"_lock", "_plan", "_serial"})
 
     def __init__(self, *, clip_norm: float | None, nonfinite: Policy, donate: bool, frozen: Sequence[str]) -> None:
         self._register()
@@ -229,50 +235,67 @@ class Optimizer(ABC):
         for leaf in self._leaves():
             leaf.resolve()
 
-    def apply_gradients(self, grads: object, params: Params) -> Params:
+    def apply_gradients(self, grads: object, params: Params, *, grad_scale: float = 1.0) -> Params:
         """Take one step: update `params` in place from `grads`, wholly or, on any error, not at all.
+
+        The rule is given `g = grad_scale * g`; the product is formed in the pass that reads the gradient, and
+        clipping and `report.grad_norm` go by it.
 
         Args:
             grads: gradients by name, nested like `params` or flat; a subset of `params` is enough, and `None`
                 stands for an absent gradient. Never written.
             params: arrays by name: a mapping, or a nested dict, list or tuple. Nested names join with dots.
+            grad_scale: multiplies every gradient, such as 1 over a loss scale; finite, 0 and negative allowed.
+                Default: 1.
 
         Returns:
             `params`, the same object.
 
         Raises:
+            NonFiniteScalarError, OutOfRangeError: `grad_scale` is not finite, or not in the dtype of the computation.
             GradstepError: parameters, slots, counters and resolved rates are then what they were.
         """
-        self._exclusively(lambda: self._take_step(grads, params))
+        scale = checked_scale(grad_scale)
+        self._exclusively(lambda: self._scaled_step(grads, params, scale))
         return params
 
-    def _take_step(self, grads: object, params: object) -> None:
-        self._resolve()
-        plan, parameters, gradients = self._planned(grads, params)
-        if isinstance(plan, FunctionalPlan):
-            self._replace(plan, parameters, gradients, params)
-        else:
-            self._overwrite(plan, parameters, gradients)
+    def _scaled_step(self, grads: object, params: object, scale: float) -> None:
+        intake = Intake(scaled=self._clip_norm is not None or scale != 1)
+        self._take_step(grads, params, Scales(scale), intake)
 
-    def _overwrite(self, plan: Plan, parameters: list[Any], gradients: list[Any]) -> None:
+    def _take_step(self, grads: object, params: object, scales: Scales, intake: Intake) -> None:
+        self._resolve()
+        plan, parameters, gradients = self._planned(grads, params, intake)
+        if intake.scaled:
+            plan.check(scales)
+        if isinstance(plan, FunctionalPlan):
+            self._replace(plan, parameters, gradients, params, scales, intake)
+        else:
+            self._overwrite(plan, parameters, gradients, scales, intake)
+
+    def _overwrite(
+        self, plan: Plan, parameters: list[Any], gradients: list[Any], scales: Scales, intake: Intake
+    ) -> None:
         """Take the step in the memory of the arrays."""
         plan.gather(parameters, gradients)
-        inspection = self._inspect(plan, gradients)
+        inspection = self._inspect(plan, gradients, scales)
         culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
         if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
             if self._nonfinite == "raise":
                 raise _nonfinite_error(culprits)
-            self._report = self._make_report(inspection, culprits, applied=False)
+            report = self._make_report(inspection, culprits, applied=False)
+            with InterruptsHeld():
+                self._report = report
+                intake.done()
             return
-        scale = 1.0
         if inspection and self._clip_norm is not None:
-            scale = clip_scale(inspection.norm, self._clip_norm)
+            scales = scales._replace(whole=scales.whole * clip_scale(inspection.norm, self._clip_norm))
         with IeeeArithmetic():
-            plan.prepare(scale)
+            plan.prepare(scales)
         report = self._make_report(inspection, culprits, applied=True)
-        self._commit(plan, parameters, report)
+        self._commit(plan, parameters, report, intake)
 
-    def _commit(self, plan: Plan, parameters: Sequence[Any], report: Report) -> None:
+    def _commit(self, plan: Plan, parameters: Sequence[Any], report: Report, intake: Intake) -> None:
         staged = [(share, share.stage()) for share in plan.shares]
         written = [*parameters, *plan.shown_slots]  # who holds no slot keeps no account of it
         with InterruptsHeld():
@@ -282,25 +305,31 @@ class Optimizer(ABC):
                 share.advance(state)
             self._count_step()
             self._report = report
+            intake.done()
 
-    def _replace(self, plan: FunctionalPlan, parameters: list[Any], gradients: list[Any], params: object) -> None:
+    def _replace(
+        self, plan: FunctionalPlan, parameters: list[Any], gradients: list[Any], params: object, scales: Scales,
+        intake: Intake,
+    ) -> None:  # fmt: skip
         """Take the step by putting new arrays where the old ones were."""
         entries = entries_of(params, plan.names)
-        look = plan.look(gradients, self._clip_norm) if self._inspects else None
+        totals = intake.totals(plan.names)
+        look = plan.look(gradients, totals, self._clip_norm, scales) if self._inspects else None
         if look and self._nonfinite == "raise":
             norm, culprits = plan.read(look)
             if not math.isfinite(norm):
                 raise _nonfinite_error(culprits)
-        plan.fill()
+        plan.fill(scales)
         outcome = Outcome(plan.library, look.finite) if look and self._nonfinite == "skip" else None
         rate = self._coming_rate()
         with InterruptsHeld():  # from here on old arrays may have been donated
-            new_parameters, new_slots = plan.run(parameters, gradients, look)
+            new_parameters, new_slots = plan.run(parameters, gradients, totals, look)
             for (container, key), array in zip(entries, new_parameters, strict=True):
                 container[key] = array
             plan.advance(new_slots, outcome)
             self._count_step(outcome)
             self._report = AwaitedReport(lambda: self._read_report(plan, look, outcome, rate))
+            intake.done()
 
     def _read_report(self, plan: FunctionalPlan, look: Look | None, outcome: Outcome | None, rate: Rate) -> Report:
         norm, culprits = plan.read(look) if look else (None, ())
@@ -315,61 +344,64 @@ class Optimizer(ABC):
         norm = inspection.norm if inspection else None
         return Report(applied, self.step + applied, self._coming_rate(), norm, culprits)
 
-    def _inspect(self, plan: Plan, gradients: Sequence[Any]) -> Inspection | None:
+    def _inspect(self, plan: Plan, gradients: Sequence[Any], scales: Scales) -> Inspection | None:
         if not self._inspects:
             return None
         with IeeeArithmetic():
-            return plan.inspect(gradients)
+            return plan.inspect(gradients, scales)
 
-    def _planned(self, grads: object, params: object) -> Planned:
+    def _planned(self, grads: object, params: object, intake: Intake) -> Planned:
         """The plan for these arrays, and the arrays in its order."""
-        as_before = self._planned_before(grads, params)  # flat and named as planned: there are no names to make
+        as_before = self._planned_before(grads, params, intake)  # flat and named as planned: there are no names to make
         if as_before is not None:
             return as_before
         named, wanted = named_arrays(params, "params"), named_arrays(grads, "grads")
         if named is not params or wanted is not grads:
-            as_before = self._planned_before(wanted, named)
-        return as_before or self._plan_anew(wanted, named)
+            as_before = self._planned_before(wanted, named, intake)
+        return as_before or self._plan_anew(wanted, named, intake)
 
-    def _planned_before(self, grads: object, params: object) -> Planned | None:
+    def _planned_before(self, grads: object, params: object, intake: Intake) -> Planned | None:
         """The last plan, if it was for such arrays under such names and its step succeeded."""
         cached = self._plan
         if cached is None or not cached.plan.published or type(grads) is not dict or type(params) is not dict:
             return None
         named, wanted = cast("dict[str, Any]", params), cast("dict[str, Any]", grads)
-        if cached.key != self._plan_key(wanted, named):
+        if cached.key != self._plan_key(wanted, named, intake):
             return None
         if isinstance(cached.plan, FunctionalPlan):
             refuse_shared(named, cached.plan.names)
         parameters, gradients = cached.sort(named.values(), wanted.values())
-        suits = cached.suits(parameters, gradients) and cached.finds_kept(named)
+        totals = intake.totals(cached.plan.names)
+        suits = cached.suits(parameters, gradients, totals) and cached.finds_kept(named)
         return (cached.plan, parameters, gradients) if suits else None
 
-    def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> "PlanKey":
+    def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> "PlanKey":
         epochs = [leaf.epoch for leaf in self._leaves()]
-        options = self._clip_norm is not None, self._nonfinite == "skip", self._donate
-        return PlanKey(list(named), list(wanted), options, self._frozen, epochs)
+        options = intake.scaled, self._clip_norm is not None, self._nonfinite == "skip", self._donate
+        return PlanKey(list(named), list(wanted), options, self._frozen, epochs, intake.readings(list(wanted)))
 
-    def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> Planned:
+    def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> Planned:
         self._plan = None  # its scratch is free before the next plan takes its own
-        key = self._plan_key(wanted, named)  # before anything that it stands for is read
-        chosen = thawed(dict(zip(wanted, _pick(named, list(wanted)), strict=True)), self._frozen)
+        key = self._plan_key(wanted, named, intake)  # before anything that it stands for is read
+        chosen = thawed(dict(zip(wanted, pick(named, list(wanted)), strict=True)), self._frozen)
         wanted = thawed(wanted, self._frozen)
         library = recognise(params=chosen, grads=wanted)
-        clipped, skipping, donating = key.options
+        intake.check(library, chosen)
+        _, clipped, skipping, donating = key.options
         kept: dict[str, Any] = {}
         if library.in_place is True:
             others = {name: array for name, array in named.items() if name not in chosen}
             kept = {name: others[name] for name in refuse_overlap(library, chosen, others)}
             shares = [Share(leaf, names) for leaf, names in self._assign(chosen)]
-            plan = Plan(library, shares, chosen, wanted, clipped=clipped)
+            plan = Plan(library, shares, chosen, wanted, intake)
         else:
             refuse_shared(named, chosen)
             plan = FunctionalPlan(
-                library, self._assign(chosen), chosen, wanted, clipped=clipped, skipping=skipping, donating=donating
-            )
+                library, self._assign(chosen), chosen, wanted, intake,
+                clipped=clipped, skipping=skipping, donating=donating,
+            )  # fmt: skip
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
-        self._plan = _CachedPlan(key, plan, parameters, gradients, kept)
+        self._plan = _CachedPlan(key, plan, parameters, gradients, kept, intake.totals(plan.names))
         return plan, parameters, gradients
 
     @property
@@ -391,7 +423,7 @@ class Optimizer(ABC):
             super().__setattr__(name, value)
 
     def _snapshot(self, memo: dict[int, Any]) -> dict[str, Any]:
-        kept = vars(self).keys() - {"_lock", "_plan", "_serial"}
+        kept = vars(self).keys() - self._uncopied
 
         def copied() -> dict[str, Any]:
             _ = self.report  # nothing that awaits a device is copied
@@ -456,21 +488,24 @@ class PlanKey(NamedTuple):
 
     parameters: list[str]
     gradients: list[str]
-    options: tuple[bool, bool, bool]  # clipping, skipping, donating
+    options: tuple[bool, bool, bool, bool]  # scaling, clipping, skipping, donating
     frozen: tuple[str, ...]
     epochs: list[int]
+    readings: list[Reading]
 
 
 class _CachedPlan:
     """A plan, and what must still be the same for it to serve again."""
 
     def __init__(
-        self, key: PlanKey, plan: AnyPlan, parameters: list[Any], gradients: list[Any], kept: Mapping[str, Any]
-    ) -> None:
+        self, key: PlanKey, plan: AnyPlan, parameters: list[Any], gradients: list[Any], kept: Mapping[str, Any],
+        totals: list[Any],
+    ) -> None:  # fmt: skip
         self.key, self.plan = key, plan
         watch = plan.watch
         self._parameters, self._gradients = watch(parameters), watch(gradients)
-        self._slots = watch(plan.shown_slots)
+        self._slots, self._totals = watch(plan.shown_slots), watch(totals)
+        self._totals.locate(totals)
         self._kept, self._kept_names = watch(list(kept.values())), list(kept)
         self._kept.locate(list(kept.values()))
         self._kept_addresses = self._kept.addresses.copy()
@@ -487,14 +522,14 @@ class _CachedPlan:
             second if from_grads is None else [second[i] for i in from_grads],
         )
 
-    def suits(self, parameters: list[Any], gradients: list[Any]) -> bool:
+    def suits(self, parameters: list[Any], gradients: list[Any], totals: list[Any]) -> bool:
         """Whether the arrays have the types, shapes, strides and dtypes that were planned; the plan then knows where.
 
-        Slots that somebody has been given must lie where they lay, since they can be moved.
+        Sums, and slots that somebody has been given, must lie where they lay, since they can be moved.
         """
         settled, self._settled = self._settled, False
         found = self._parameters.locate(parameters), self._gradients.locate(gradients)
-        if OTHER in found or not self._slots_stayed():
+        if OTHER in found or not self._slots_stayed() or (totals and self._totals.locate(totals) != STAYED):
             return False
         if isinstance(self.plan, FunctionalPlan):
             return True
@@ -525,7 +560,17 @@ def _order(wanted: list[str], there: list[str]) -> list[int] | None:
     return None if wanted == there else [places[name] for name in wanted]
 
 
-def _pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+def checked_scale(grad_scale: object) -> float:
+    """The factor of the gradients as a number, or an error that says what it must be."""
+    scale = to_float(grad_scale, "grad_scale")
+    if not math.isfinite(scale):
+        raise NonFiniteScalarError(
+            f"grad_scale must be a finite number, got {scale}; for a loss that was multiplied by s pass 1 / s"
+        )
+    return scale
+
+
+def pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     """The parameters of these names."""
     try:
         return [named[name] for name in names]

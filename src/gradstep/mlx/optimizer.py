@@ -139,7 +139,7 @@ class RuleUpdate(Optimizer):
         return self.slot_names.get(slot, slot)
 
     def _program(self, parameter: mx.array) -> Program:
-        return self._leaf.program("", parameter.ndim, clipped=False)  # MLX names no parameter here
+        return self._leaf.program("", parameter.ndim)  # MLX names no parameter here
 
     # The step
 

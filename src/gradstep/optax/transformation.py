@@ -4,13 +4,14 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
+from gradstep.accumulate import Accumulate
 from gradstep.arrays.jax import JAX
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Optimizer
 from gradstep.options import thawed
 from gradstep.program.device_scalars import DeviceScalars
 from gradstep.program.device_schedules import schedule_on_device
-from gradstep.program.graph import Kind, reachable
+from gradstep.program.graph import Kind, Reading, reachable
 from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
 from gradstep.step.functional import inspect_gradients
@@ -52,7 +53,7 @@ def from_optimizer(optimizer: Optimizer) -> Any:
 
     Raises:
         ArgumentTypeError: not an optimizer of gradstep.
-        ConfigurationError: `nonfinite="raise"`, which no compiled function can do.
+        ConfigurationError: `nonfinite="raise"`, which no compiled function can do, or an `Accumulate`.
 
     Example:
         >>> import gradstep as gs, jax.numpy as jnp, optax
@@ -65,6 +66,11 @@ def from_optimizer(optimizer: Optimizer) -> Any:
     """
     if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentTypeError(f"from_optimizer takes an optimizer of gradstep, got {optimizer!r}")
+    if isinstance(optimizer, Accumulate):
+        raise ConfigurationError(
+            f"{optimizer!r} sums gradients between calls; write optax.MultiSteps(from_optimizer(opt.optimizer), "
+            f"every_k_schedule={optimizer.every}) instead"
+        )
     if optimizer.nonfinite == "raise":
         raise ConfigurationError(
             'nonfinite="raise" cannot work inside of compiled functions; use "skip", or optax.apply_if_finite'
@@ -80,7 +86,8 @@ class _Transformation:
         self._optimizer = optimizer
         leaves = optimizer._leaves()  # pyright: ignore[reportPrivateUsage]
         self._clipped = optimizer.clip_norm is not None
-        programs = [leaf.programs(ndim, clipped=self._clipped) for leaf in leaves for ndim in (0, 1, 2)]
+        self._reading = Reading.SCALED if self._clipped else Reading.PLAIN
+        programs = [leaf.programs(ndim, self._reading) for leaf in leaves for ndim in (0, 1, 2)]
         self._slots = list(dict.fromkeys(slot for found in programs for _, program in found for slot in program.slots))
 
     def init(self, params: Any) -> RuleState:
@@ -110,7 +117,7 @@ class _Transformation:
             if params is None:
                 _check_independence(program)
                 w = jnp.zeros_like(w)
-            known = _hyperparameters(owner, state.count) | {"clip_scale": look.scale if look else 1.0}
+            known = _hyperparameters(owner, state.count) | {"grad_scale": look.scale if look else 1.0}
             results.append(_update(program, w, g, old, known))
         taken = look.finite if look and self._optimizer.nonfinite == "skip" else True
         if taken is not True:
@@ -127,7 +134,7 @@ class _Transformation:
         return self._clipped or self._optimizer.nonfinite == "skip"
 
     def _program(self, owner: Owner, w: Any) -> Program:
-        return owner.leaf.program(owner.name, w.ndim, clipped=self._clipped)
+        return owner.leaf.program(owner.name, w.ndim, self._reading)
 
     def _flatten(self, params: Any) -> tuple[list[Any], Any, list[Owner | None]]:
         """The arrays, the tree's structure, and whose rule each array follows, under which name; None if frozen."""

@@ -1,7 +1,7 @@
 """Symbols: what a rule computes with while it is traced, and the graph that it leaves behind."""
 
 from collections.abc import Callable, Iterable, Mapping
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Any, NoReturn
 
 from gradstep.errors import RuleError
@@ -16,6 +16,15 @@ class Kind(IntEnum):
     ROW = 3  # one per row, shape (..., rows, 1)
     COLUMN = 4  # one per column, shape (..., 1, columns)
     FULL = 5  # one per element
+
+
+class Reading(Enum):
+    """How a program comes by its gradient: the formula that stands for `g` in the rule."""
+
+    PLAIN = "g"
+    SCALED = "g * grad_scale"
+    WEIGHED = "g * g.scale * grad_scale"  # a micro-batch with a factor of its own
+    SUMMED = "(g.sum + g * g.scale) * grad_scale"  # the same, with those before it
 
 
 def broadcast(kinds: Iterable[Kind]) -> Kind:
@@ -262,13 +271,13 @@ def trace(
     ndim: int,
     arguments: Callable[[Trace], Mapping[str, object]],
     removable: Iterable[str] = (),
-    clipped: bool = False,
+    reading: Reading = Reading.PLAIN,
 ) -> dict[str, Symbol]:
     """Call `rule` on symbols; return the new value of `w` and of every slot that is kept."""
     this = Trace(ndim, removable)
-    w, g = this.array("w"), this.array("g")
-    if clipped:
-        g = g * this.hyperparameter("clip_scale")
+    w, g = this.array("w"), read_gradient(this, reading)
+    if reading is not Reading.PLAIN:
+        g = g * this.hyperparameter("grad_scale")
     old = {slot: this.array(slot, kind) for slot, kind in slots.items()}
     try:
         result = rule(w, g, *old.values(), **arguments(this))
@@ -290,6 +299,14 @@ def trace(
         new[place] = value
     _refuse_dropped_slots(name, old, new)
     return new
+
+
+def read_gradient(trace: Trace, reading: Reading) -> Symbol:
+    """The gradient as it is read, before `grad_scale`."""
+    g = trace.array("g")
+    if reading in (Reading.WEIGHED, Reading.SUMMED):
+        g = g * trace.hyperparameter("g.scale")
+    return trace.array("g.sum") + g if reading is Reading.SUMMED else g
 
 
 def _refuse_dropped_slots(name: str, old: Mapping[str, Symbol], new: Mapping[str, Symbol]) -> None:

@@ -54,7 +54,7 @@ class ScalarExpressions:
         private |= {s.index: f"({float(s.attribute)!r})" for s in symbols if s.op == "constant" and not s.boolean}
         private |= {s.index: f"_shape[{s.attribute}]" for s in symbols if s.op == "dimension"}
         self._texts = [spell(output, private) for output in outputs]
-        self._checked = [output.attribute != "clip_scale" for output in outputs]
+        self._checked = [output.attribute != "grad_scale" for output in outputs]
         self._all = self._compile(f"[{', '.join(self._texts)}]")
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class ScalarExpressions:
     def evaluate(self, known: Mapping[str, float], shape: Mapping[int, int], dtype: str) -> list[float]:
         """The value of each output; `NonFiniteScalarError` for one that is not finite in the compute dtype.
 
-        `clip_scale` alone may be NaN: a non-finite norm that is allowed spreads.
+        `grad_scale` alone may be NaN: a non-finite norm that is allowed spreads.
         """
         arguments = [float(known[name]) for name in self.hyperparameters]
         try:

@@ -13,7 +13,7 @@ from gradstep.rules.base import RuleOptimizer
 from gradstep.step.storage import check_signs
 
 NOTHING_KNOWN: Mapping[str, Sign] = MappingProxyType({})
-RESERVED = frozenset({"t", "w", "g", "rule", "clip_scale", "optimizers", *dir(RuleOptimizer)})
+RESERVED = frozenset({"t", "w", "g", "rule", "grad_scale", "optimizers", *dir(RuleOptimizer)})
 
 
 class CustomOptimizer(RuleOptimizer):
@@ -26,7 +26,7 @@ class CustomOptimizer(RuleOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._leaf.programs(2, clipped=False)  # an error in the rule's body belongs here, not into the first step
+        self._leaf.programs(2)  # an error in the rule's body belongs here, not into the first step
 
 
 @overload

@@ -9,7 +9,7 @@ from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Integers
 from gradstep.program.compiler import compile_kernel
 from gradstep.program.formats import compute_dtype, scales_of
-from gradstep.program.graph import Kind
+from gradstep.program.graph import Kind, Reading
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
 from gradstep.program.noise import signed, step_shift, tensor_key
@@ -18,7 +18,7 @@ from gradstep.program.rounding import key_words
 from gradstep.step.launch import Launch, flat_chunks, matrix_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
-from gradstep.step.scalars import ScalarTable
+from gradstep.step.scalars import ScalarTable, Scales
 from gradstep.step.sizes import count_blocks, count_matrices, matrix_shape, small_shape, sums_shape
 from gradstep.step.small import SmallValues, matrix_statistic, narrowed, whole_statistic, widened
 
@@ -39,6 +39,7 @@ class Batch:
     def __init__(self, leaf: Leaf, library: MemoryLibrary, matches: Sequence[Match]) -> None:
         self.leaf, self._library, self.matches = leaf, library, list(matches)
         self.program: Program = matches[0].program
+        self.reading = matches[0].reading
         self.formats = matches[0].formats
         self.dtype = compute_dtype(self.formats["w"].dtype)
         self.gradient_dtype = self.formats["g"].dtype
@@ -58,7 +59,7 @@ class Batch:
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
         self._keys = self._make_keys(names)
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
-        for place in ("w", "g", *self.program.slots):
+        for place in ("w", "g", *self.program.slots, *(["g.sum"] if self.reading is Reading.SUMMED else [])):
             self._lay_out(place)
         self._lay_out_matrices()
 
@@ -114,7 +115,8 @@ class Batch:
                 addresses[i] = match.memory[part].address
                 continue
             copy = match.scratch(match.memory[part].dtype)
-            self.scratch.append(Scratch(part, i, copy, written=part != "g", array=match.slots.get(part)))
+            array = match.total if part == "g.sum" else match.slots.get(part)
+            self.scratch.append(Scratch(part, i, copy, written=part not in ("g", "g.sum"), array=array))
             addresses[i] = copy.ctypes.data
         return addresses
 
@@ -148,9 +150,9 @@ class Batch:
             array = handed[scratch.place][scratch.tensor] if scratch.array is None else scratch.array
             np.copyto(scratch.copy, self._library.as_numpy(array))
 
-    def prepare(self, clip_scale: float) -> None:
+    def prepare(self, scales: Scales) -> None:
         """Fill the scalars and run every sweep but the last: all that is written is scratch."""
-        self._scalars.fill(clip_scale)
+        self._scalars.fill(scales)
         if self._dithered:
             for launch in self._launches:
                 launch.shift(step_shift(self.leaf.step))
@@ -234,6 +236,6 @@ def batches(leaf: Leaf, library: MemoryLibrary, matches: Sequence[Match]) -> lis
     """Sort matches by program and dtypes, and make a batch of each sort."""
     sorts: dict[Any, list[Match]] = {}
     for match in matches:
-        key = (id(match.program), match.memory["w"].dtype, match.memory["g"].dtype)
+        key = (id(match.program), match.reading, match.memory["w"].dtype, match.memory["g"].dtype)
         sorts.setdefault(key, []).append(match)
     return [Batch(leaf, library, group) for group in sorts.values()]

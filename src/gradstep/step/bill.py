@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
+from operator import add
 from typing import Any
 
 from gradstep.arrays.library import MemoryLibrary, recognise
@@ -12,6 +13,7 @@ from gradstep.program.formats import BYTES, Format, compute_dtype, master_of
 from gradstep.program.newton_schulz import workspace_shapes
 from gradstep.program.program import Program, small_inputs
 from gradstep.step.forms import describe_floats
+from gradstep.step.intake import sum_dtype
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter, walking_order
 from gradstep.step.sizes import count_blocks, matrix_shape, small_shape, sums_shape
@@ -27,23 +29,25 @@ class MemoryBill:
         masters: the float32 copies of parameters.
         scratch: dense copies of arrays that kernels cannot walk, matrices that are orthogonalized, and sums, for
             gradients laid out like their parameters. 0 for JAX and MLX, which have temporaries of their own.
+        sums: the sums of micro-batches; 0 without `Accumulate`.
     """
 
     slots: int = 0
     masters: int = 0
     scratch: int = 0
+    sums: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.slots + self.masters + self.scratch
+        return sum(astuple(self))
 
     def __add__(self, other: "MemoryBill") -> "MemoryBill":
-        return MemoryBill(self.slots + other.slots, self.masters + other.masters, self.scratch + other.scratch)
+        return MemoryBill(*map(add, astuple(self), astuple(other)))
 
     def __str__(self) -> str:
-        parts = (("slots", self.slots), ("masters", self.masters), ("scratch", self.scratch), ("total", self.total))
-        return ", ".join(f"{name} {size:,} bytes" for name, size in parts)
+        parts = {**asdict(self), "total": self.total}
+        return ", ".join(f"{name} {size:,} bytes" for name, size in parts.items() if size)
 
 
 def bill(named: Mapping[str, Any], routes: Sequence[tuple[Leaf, list[str]]], *, inspected: bool) -> MemoryBill:
@@ -57,7 +61,7 @@ def bill(named: Mapping[str, Any], routes: Sequence[tuple[Leaf, list[str]]], *, 
                 total += _in_memory(library, leaf, name, named[name], workspaces, inspected=inspected)
             else:
                 form = describe_floats(library, named[name], f"params[{name!r}]")
-                program = leaf.program(name, len(form.shape), clipped=False)
+                program = leaf.program(name, len(form.shape))
                 total += _state(program, leaf.storage.formats(program.slots, form.dtype, form.dtype), form.shape)
         total += MemoryBill(scratch=sum(workspaces.values()))
     return total
@@ -73,7 +77,7 @@ def _in_memory(
     library: MemoryLibrary, leaf: Leaf, name: str, parameter: Any, workspaces: dict[Any, int], *, inspected: bool
 ) -> MemoryBill:
     memory = check_parameter(library, name, parameter)
-    program = leaf.program(name, len(memory.shape), clipped=False)
+    program = leaf.program(name, len(memory.shape))
     formats = leaf.storage.formats(program.slots, memory.dtype, memory.dtype)
     state, dtype = _state(program, formats, memory.shape), compute_dtype(memory.dtype)
     scratch = _statistics(program, memory.shape, BYTES[dtype])
@@ -95,3 +99,10 @@ def _statistics(program: Program, shape: Sequence[int], itemsize: int) -> int:
     small = {source.index: source.kind for sweep in program.sweeps for source in small_inputs(sweep)}
     values = sum(math.prod(small_shape(kind, shape)) for kind in small.values())
     return 8 * sum(map(math.prod, sums)) + itemsize * values
+
+
+def size_of_sums(named: Mapping[str, Any]) -> int:
+    """The bytes of the sums of micro-batches for these parameters."""
+    library = recognise(params=named)
+    described = (library.describe(parameter, f"params[{name!r}]") for name, parameter in named.items())
+    return sum(math.prod(each.shape) * BYTES[sum_dtype(each.dtype)] for each in described)

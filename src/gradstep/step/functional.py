@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -12,14 +12,15 @@ from gradstep.arrays.library import OTHER, STAYED, Form, Found, FunctionalLibrar
 from gradstep.arrays.memory import Integers
 from gradstep.errors import AliasedParametersError, TracingError
 from gradstep.program.formats import Format, compute_dtype
-from gradstep.program.graph import Kind
+from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
 from gradstep.step.forms import check_devices, check_gradient, describe_floats, make_slots
+from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
 from gradstep.step.packing import Packing, round_keys, rounded_places
-from gradstep.step.scalars import ScalarTable
+from gradstep.step.scalars import ScalarTable, Scales
 from gradstep.step.storage import parts_of
 
 
@@ -29,6 +30,7 @@ class Task(NamedTuple):
     program: Program
     form: Form
     formats: Mapping[str, Format]
+    reading: Reading
     batch: int
     row: int
 
@@ -44,9 +46,7 @@ class Recipe:
     @functools.cached_property
     def key(self) -> Any:
         """Equal for recipes that do the same."""
-        tasks = tuple(
-            (task.program.key, task.form, tuple(task.formats.items()), task.batch, task.row) for task in self.tasks
-        )
+        tasks = tuple((task.program.key, task.form, tuple(task.formats.items()), *task[3:]) for task in self.tasks)
         return tasks, self.clipped, self.skipping
 
     def __eq__(self, other: object) -> bool:
@@ -68,11 +68,14 @@ class FunctionalShare:
     """The gradients that one optimizer takes in this step, and the slots that they need."""
 
     def __init__(
-        self, leaf: Leaf, names: list[str], library: FunctionalLibrary, params: Mapping[str, Any], *, clipped: bool
+        self, leaf: Leaf, names: list[str], library: FunctionalLibrary, params: Mapping[str, Any], intake: Intake
     ) -> None:
         self.leaf, self.names, self.rows = leaf, names, leaf.reserve(names)
         self.forms = {name: describe_floats(library, params[name], f"params[{name!r}]") for name in names}
-        self.programs = {name: leaf.program(name, len(self.forms[name].shape), clipped=clipped) for name in names}
+        self.readings = {name: intake.reading(name) for name in names}
+        self.programs = {
+            name: leaf.program(name, len(form.shape), self.readings[name]) for name, form in self.forms.items()
+        }
         self.formats = {
             name: leaf.storage.formats(self.programs[name].slots, form.dtype, form.dtype)
             for name, form in self.forms.items()
@@ -124,7 +127,7 @@ def _forms(arrays: list[Any]) -> list[Any]:
 
 
 class Look(NamedTuple):
-    """What has been found out about the gradients, on their device."""
+    """What has been found out about the gradients, on their device; `scale` is the factor that clips them."""
 
     norm: Any
     finite: Any
@@ -141,6 +144,7 @@ class FunctionalPlan:
         routes: Sequence[tuple[Leaf, list[str]]],
         params: Mapping[str, Any],
         grads: Mapping[str, Any],
+        intake: Intake,
         *,
         clipped: bool,
         skipping: bool,
@@ -148,8 +152,9 @@ class FunctionalPlan:
     ) -> None:
         self.library = library
         refuse_tracing(library, [*params.values(), *grads.values()])
-        self.shares = [FunctionalShare(leaf, names, library, params, clipped=clipped) for leaf, names in routes]
+        self.shares = [FunctionalShare(leaf, names, library, params, intake) for leaf, names in routes]
         self.names = [name for share in self.shares for name in share.names]
+        self._readings = [intake.reading(name) for name in self.names]
         check_devices(library, {name: form for share in self.shares for name, form in share.forms.items()})
         for share in self.shares:
             for name in share.names:
@@ -170,9 +175,22 @@ class FunctionalPlan:
         """See `Plan.watch`."""
         return FormWatch(self.library, arrays)
 
-    def look(self, gradients: list[Any], max_norm: float | None) -> Look:
+    def check(self, scales: Scales) -> None:
+        """See `Plan.check`."""
+        for batch in self._batches:
+            scales.check(batch.dtype)
+
+    def look(self, gradients: list[Any], totals: list[Any], max_norm: float | None, scales: Scales) -> Look:
         """The global norm of the gradients, which of them are finite, and the factor that clips them."""
-        return look_at(self.library, gradients, max_norm)
+        rest, parts = iter(totals), list[Part]()
+        for gradient, reading in zip(gradients, self._readings, strict=True):
+            part: Part = {"g": gradient}
+            if reading in (Reading.WEIGHED, Reading.SUMMED):
+                part["g.scale"] = self.library.number(scales.micro, _looking_dtype([gradient]))
+            if reading is Reading.SUMMED:
+                part["g.sum"] = next(rest)
+            parts.append(part)
+        return look_at(self.library, parts, max_norm, scales.whole)
 
     def read(self, look: Look) -> tuple[float, tuple[str, ...]]:
         """The norm, and the names of gradients that are not finite; waits for the device."""
@@ -180,12 +198,14 @@ class FunctionalPlan:
         culprits = tuple(name for name, finite in zip(self.names, each, strict=False) if not finite)
         return float(self.library.read(look.norm)), culprits
 
-    def fill(self) -> None:
+    def fill(self, scales: Scales) -> None:
         """Compute the scalars of the coming step."""
         for batch in self._batches:
-            batch.table.fill()
+            batch.table.fill(scales)
 
-    def run(self, parameters: list[Any], gradients: list[Any], look: Look | None) -> tuple[list[Any], list[Any]]:
+    def run(
+        self, parameters: list[Any], gradients: list[Any], totals: list[Any], look: Look | None
+    ) -> tuple[list[Any], list[Any]]:
         """The new parameters, and the new slots of each, in the plan's order."""
         slots = [dict(slots) for share in self.shares for slots in share.slots()]
         library = self.library
@@ -196,7 +216,7 @@ class FunctionalPlan:
         if self._donating:
             _refuse_donating_twice(parameters, slots, gradients)
         try:
-            return self._step(parameters, slots, gradients, tables, keys, scale, take)
+            return self._step(parameters, slots, gradients, totals, tables, keys, scale, take)
         except ValueError as error:  # two arrays on one buffer
             if "donate" not in str(error):
                 raise
@@ -226,7 +246,7 @@ class FunctionalPlan:
                 table = ScalarTable(share.leaf, program, dtype, names, shapes)
                 self._batches.append(FunctionalBatch(share.leaf, dtype, table))
             tasks += [
-                Task(share.programs[name], share.forms[name], share.formats[name], *places[name])
+                Task(share.programs[name], share.forms[name], share.formats[name], share.readings[name], *places[name])
                 for name in share.names
             ]
         return tasks
@@ -235,18 +255,14 @@ class FunctionalPlan:
 @functools.lru_cache(maxsize=64)
 def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -> Callable[..., Any]:
     def step(
-        parameters: list[Any],
-        slots: list[Any],
-        gradients: list[Any],
-        tables: list[Any],
-        keys: Any,
-        scale: Any,
-        take: Any,
-    ) -> tuple[list[Any], list[Any]]:
-        unused = iter(range(len(keys)))
+        parameters: list[Any], slots: list[Any], gradients: list[Any], totals: list[Any], tables: list[Any], keys: Any,
+        scale: Any, take: Any,
+    ) -> tuple[list[Any], list[Any]]:  # fmt: skip
+        rest, unused = iter(totals), iter(range(len(keys)))
         new_parameters: list[Any] = []
         new_slots: list[dict[str, Any]] = []
         for task, w, old, g in zip(recipe.tasks, parameters, slots, gradients, strict=True):
+            total = {"g.sum": next(rest)} if task.reading is Reading.SUMMED else {}
             own_keys = {place: keys[next(unused)] for place in rounded_places(task.formats)}
             if 0 in task.form.shape:  # nothing to update, and no statistics to keep
                 new_parameters.append(w)
@@ -255,12 +271,12 @@ def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -
             program, dtype = task.program, compute_dtype(task.form.dtype)
             scalars = {i: tables[task.batch][task.row, place] for i, place in program.scalar_places.items()}
             if recipe.clipped:
-                factors = (symbol for symbol in program.symbols if symbol.attribute == "clip_scale")
-                scalars |= {symbol.index: library.cast(scale, dtype) for symbol in factors}
+                factors = [symbol.index for symbol in program.symbols if symbol.attribute == "grad_scale"]
+                scalars |= {index: scalars[index] * library.cast(scale, dtype) for index in factors}
             arrays = {"w": w, **old}
             packing = Packing(library, program, task.formats, dtype)
-            values = Evaluation(library, program, dtype, {"g": g, **packing.unpack(arrays)}, scalars).outputs()
-            new = packing.pack(values, own_keys)
+            inputs = {"g": g, **total, **packing.unpack(arrays)}
+            new = packing.pack(Evaluation(library, program, dtype, inputs, scalars).outputs(), own_keys)
             if recipe.skipping:
                 new = {place: library.call("where", take, value, arrays[place]) for place, value in new.items()}
             parts = parts_of(program, task.formats, task.form.shape)
@@ -273,11 +289,19 @@ def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -
     return library.compile(step, donated=(0, 1) if donating else ())
 
 
-def look_at(library: FunctionalLibrary, gradients: list[Any], max_norm: float | None) -> Look:
+Part: TypeAlias = dict[str, Any]
+"""A gradient `g` to be looked at, with `g.scale` that weighs it and `g.sum` that it is added to, if it has them."""
+
+
+def look_at(library: FunctionalLibrary, parts: list[Part], max_norm: float | None, scale: float = 1.0) -> Look:
     """See `FunctionalPlan.look`."""
-    wide = any("float64" in str(gradient.dtype) for gradient in gradients)
-    limit = library.number(math.inf if max_norm is None else max_norm, "float64" if wide else "float32")
-    return Look(*_compiled_look(library)(gradients, limit))
+    dtype = _looking_dtype([array for part in parts for array in part.values()])
+    limit = library.number(math.inf if max_norm is None else max_norm, dtype)
+    return Look(*_compiled_look(library)(parts, limit, library.number(abs(scale), dtype)))
+
+
+def _looking_dtype(arrays: list[Any]) -> str:
+    return "float64" if any("float64" in str(array.dtype) for array in arrays) else "float32"
 
 
 @functools.cache
@@ -287,12 +311,13 @@ def _compiled_look(library: FunctionalLibrary) -> Callable[..., Any]:
 
 def inspect_gradients(library: FunctionalLibrary, gradients: list[Any], max_norm: float | None) -> Look:
     """The same inside of a function that somebody else compiles."""
-    return Look(*_look(library, gradients, math.inf if max_norm is None else max_norm))
+    parts = [{"g": gradient} for gradient in gradients]
+    return Look(*_look(library, parts, math.inf if max_norm is None else max_norm, 1.0))
 
 
-def _look(library: FunctionalLibrary, gradients: list[Any], limit: Any) -> tuple[Any, Any, Any, Any]:
-    dtype = "float64" if any("float64" in str(g.dtype) for g in gradients) else "float32"
-    wide = [library.cast(g, dtype) for g in gradients]
+def _look(library: FunctionalLibrary, parts: list[Part], limit: Any, scale: Any) -> tuple[Any, Any, Any, Any]:
+    dtype = _looking_dtype([array for part in parts for array in part.values()])
+    wide = [_read(library, part, dtype) for part in parts]
     zero, one = library.number(0.0, dtype), library.number(1.0, dtype)
     largest = functools.reduce(
         functools.partial(library.call, "maximum"), (library.largest(library.call("abs", g)) for g in wide), zero
@@ -301,11 +326,20 @@ def _look(library: FunctionalLibrary, gradients: list[Any], limit: Any) -> tuple
     unit = library.call("where", largest < math.inf, largest, one)
     unit = library.call("where", unit > 0, unit, one)
     norm = unit * library.call("sqrt", sum((library.total((g / unit) * (g / unit)) for g in wide), zero))
+    norm = norm * scale
     finite = (norm - norm) == 0
     scale = library.call("minimum", limit / (norm + 1e-6), one)
     scale = library.call("where", finite, scale, norm - norm)
     each = library.stack([library.all_finite(g) for g in wide]) if wide else finite
     return norm, finite, scale, each
+
+
+def _read(library: FunctionalLibrary, part: Part, dtype: str) -> Any:
+    """A gradient as a program reads it, before it is scaled as a whole."""
+    g = library.cast(part["g"], dtype)
+    if "g.scale" in part:
+        g = g * library.cast(part["g.scale"], dtype)
+    return library.cast(part["g.sum"], dtype) + g if "g.sum" in part else g
 
 
 def refuse_tracing(library: FunctionalLibrary, arrays: list[Any]) -> None:

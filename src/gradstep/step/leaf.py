@@ -10,7 +10,7 @@ import numpy as np
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
 from gradstep.errors import ConfigurationError
-from gradstep.program.graph import Kind, Trace, trace
+from gradstep.program.graph import Kind, Reading, Trace, trace
 from gradstep.program.program import Program
 from gradstep.settings import Group, Settings
 from gradstep.step import forms
@@ -179,12 +179,12 @@ class Leaf:
         for name, parameter in params.items():
             if library.in_place is False:
                 form = forms.describe_floats(library, parameter, f"params[{name!r}]")
-                program = self.program(name, len(form.shape), clipped=False)
+                program = self.program(name, len(form.shape))
                 formats = self.storage.formats(program.slots, form.dtype, form.dtype)
                 entries[name] = forms.make_slots(library, name, form, program, formats, {})
                 continue
             memory = check_parameter(library, name, parameter)
-            program = self.program(name, len(memory.shape), clipped=False)
+            program = self.program(name, len(memory.shape))
             formats = self.storage.formats(program.slots, memory.dtype, memory.dtype)
             entries[name] = make_slots(library, name, memory, program, formats, {})
         return entries, {name: row for row, name in enumerate(entries)}, np.zeros(len(entries), np.int64)
@@ -226,24 +226,24 @@ class Leaf:
 
     # Programs
 
-    def program(self, name: str, ndim: int, *, clipped: bool) -> Program:
+    def program(self, name: str, ndim: int, reading: Reading = Reading.PLAIN) -> Program:
         """The rule traced for a parameter's configuration and number of dimensions; equal programs are one object."""
-        return self._program(self.settings_of(name), ndim, clipped=clipped)
+        return self._program(self.settings_of(name), ndim, reading)
 
-    def programs(self, ndim: int, *, clipped: bool) -> list[tuple[dict[str, list[str]], Program]]:
+    def programs(self, ndim: int, reading: Reading = Reading.PLAIN) -> list[tuple[dict[str, list[str]], Program]]:
         """Every program that a parameter may have, each with the globs that lead to it."""
         variants = self.settings.variants()
-        return [(globs, self._program(settings, ndim, clipped=clipped)) for globs, settings in variants]
+        return [(globs, self._program(settings, ndim, reading)) for globs, settings in variants]
 
-    def _program(self, settings: Settings, ndim: int, *, clipped: bool) -> Program:
-        key = settings.static, ndim, clipped
+    def _program(self, settings: Settings, ndim: int, reading: Reading) -> Program:
+        key = settings.static, ndim, reading
         if key not in self._programs:
-            program = self._trace(settings, ndim, clipped=clipped)
+            program = self._trace(settings, ndim, reading)
             equal = (known for known in self._programs.values() if known.key == program.key)
             self._programs[key] = next(equal, program)
         return self._programs[key]
 
-    def _trace(self, settings: Settings, ndim: int, *, clipped: bool) -> Program:
+    def _trace(self, settings: Settings, ndim: int, reading: Reading) -> Program:
         family, (names, takes_t) = self._family, rule_arguments(self._family.rule)
         slots = {slot: family.slot_kinds.get(slot, Kind.FULL) for slot in names}
 
@@ -253,7 +253,7 @@ class Leaf:
 
         outputs = trace(
             family.rule, slots, name=family.__name__, ndim=ndim,
-            arguments=arguments, removable=settings.removable, clipped=clipped,
+            arguments=arguments, removable=settings.removable, reading=reading,
         )  # fmt: skip
         return Program(family.__name__, {slot: kind for slot, kind in slots.items() if slot in outputs}, outputs)
 

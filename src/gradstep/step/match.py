@@ -17,22 +17,24 @@ from gradstep.arrays.memory import (
 )
 from gradstep.errors import AliasedParametersError, ArgumentTypeError, DtypeError, ReadOnlyError, ShapeError
 from gradstep.program.formats import EXPECTED, FLOATS, Format
-from gradstep.program.graph import Kind
+from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import Program
 from gradstep.step.storage import Part, Storage, are_ordered, parts_of
 
 
 @dataclass(frozen=True)
 class Match:
-    """One parameter of the step: its arrays (`w`, `g`, those of its state), and where each lies."""
+    """One parameter of the step: its arrays (`w`, `g`, those of its state, `g.sum`), and where each lies."""
 
     name: str
     program: Program
     formats: Mapping[str, Format]
+    reading: Reading
     order: tuple[int, ...]
     strides: tuple[int, ...]
     memory: Mapping[str, Memory]
     slots: Mapping[str, Any]
+    total: Any  # the sum that the gradient is added to, if there is one
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,14 +73,9 @@ def describe_floats(library: MemoryLibrary, array: Any, what: str) -> Memory:
 
 
 def match(
-    library: MemoryLibrary,
-    name: str,
-    parameter: Any,
-    gradient: Any,
-    program: Program,
-    storage: Storage,
-    slots: Mapping[str, Any],
-) -> Match:
+    library: MemoryLibrary, name: str, parameter: Any, gradient: Any, program: Program, storage: Storage,
+    slots: Mapping[str, Any], reading: Reading = Reading.PLAIN, total: Any = None,
+) -> Match:  # fmt: skip
     """Check the arrays of one name against each other; missing slots are allocated, not yet published."""
     memory = {"w": check_parameter(library, name, parameter)}
     memory["g"] = describe_floats(library, gradient, f"grads[{name!r}]")
@@ -88,8 +85,12 @@ def match(
     found = make_slots(library, name, memory["w"], program, formats, slots)
     for slot, array in found.items():
         memory[slot] = library.describe(array, f"state[{name!r}][{slot!r}]")
+    if total is not None:
+        memory["g.sum"] = library.describe(total, f"sums[{name!r}]")
+        formats["g.sum"] = Format(memory["g.sum"].dtype)
     order = walking_order(memory["w"], program, formats)
-    return Match(name, program, formats, order, strides_in_order(memory["w"].shape, order), memory, found)
+    strides = strides_in_order(memory["w"].shape, order)
+    return Match(name, program, formats, reading, order, strides, memory, found, total)
 
 
 def walking_order(memory: Memory, program: Program, formats: Mapping[str, Format]) -> tuple[int, ...]:

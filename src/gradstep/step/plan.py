@@ -1,18 +1,22 @@
 """A step planned: which arrays run in which batch, checked once and reused while nothing but addresses changes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gradstep.arrays.library import MemoryLibrary, Watch
 from gradstep.arrays.memory import Integers, Memory
+from gradstep.program.formats import compute_dtype
+from gradstep.program.graph import Reading
 from gradstep.program.threads import pool
 from gradstep.step.batch import batches
 from gradstep.step.inspection import Inspection, Inspector, global_norm
+from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf, State
 from gradstep.step.match import Match, match
 from gradstep.step.overlap import Extents
+from gradstep.step.scalars import Scales
 from gradstep.step.small import widened
 
 
@@ -44,8 +48,7 @@ class Plan:
         shares: Sequence[Share],
         params: Mapping[str, Any],
         grads: Mapping[str, Any],
-        *,
-        clipped: bool,
+        intake: Intake,
     ) -> None:
         self.library, self.shares = library, list(shares)
         _ = pool.threads  # an error in how many there should be belongs here, before anything is written
@@ -54,8 +57,8 @@ class Plan:
             share.matches = [
                 match(
                     library, name, params[name], grads[name],
-                    share.leaf.program(name, params[name].ndim, clipped=clipped), share.leaf.storage,
-                    share.leaf.slots_of(name),
+                    share.leaf.program(name, params[name].ndim, intake.reading(name)), share.leaf.storage,
+                    share.leaf.slots_of(name), intake.reading(name), intake.total(name),
                 )
                 for name in share.names
             ]  # fmt: skip
@@ -87,7 +90,13 @@ class Plan:
             for tree, place in (("params", "w"), ("grads", "g"))
         )
         slots = {f"state[{m.name!r}][{slot!r}]": m.memory[slot] for m in self.matches for slot in m.slots}
-        return Extents(parameters, gradients, slots)
+        # Where sums are added up they are the parameters themselves.
+        sums = {
+            f"sums[{m.name!r}]": memory
+            for m in self.matches
+            if (memory := m.memory.get("g.sum")) is not None and memory != m.memory["w"]
+        }
+        return Extents(parameters, gradients, slots | sums)
 
     def move(self, parameters: Integers, gradients: Integers) -> None:
         """The arrays may lie elsewhere now: check for overlap again and change the tables."""
@@ -110,30 +119,47 @@ class Plan:
             if batch.scratch:
                 batch.gather([parameters[i] for i in members], [gradients[i] for i in members])
 
-    def inspect(self, gradients: Sequence[Any]) -> Inspection:
-        """The global norm of the gradients, and which of them are not finite."""
+    def check(self, scales: Scales) -> None:
+        """Raise for factors that are not finite in a dtype of the computation."""
+        for batch in self.batches:
+            scales.check(batch.dtype)
+
+    def inspect(self, gradients: Sequence[Any], scales: Scales) -> Inspection:
+        """The global norm of the gradients as the rules will see them, and which of them are not finite."""
         if self._inspectors is None:
-            self._inspectors = [Inspector(batch.gradient_dtype, batch.sizes.tolist()) for batch in self.batches]
+            self._inspectors = [
+                Inspector(batch.gradient_dtype, batch.sizes.tolist(), batch.reading, batch.dtype)
+                for batch in self.batches
+            ]
         sums: list[float] = []
         odd: set[int] = set()
         for batch, members, inspector in zip(self.batches, self._member_lists, self._inspectors, strict=True):
-            parts, tensors = inspector.inspect(batch.addresses["g"])
+            parts, tensors = inspector.inspect(batch.addresses["g"], batch.addresses.get("g.sum"), scales.micro)
             sums += parts
             odd |= {members[tensor] for tensor in tensors}
         exact = all(inspector.dtype != "float64" for inspector in self._inspectors)
-        arrays = [] if exact else [self._values(gradient) for gradient in gradients]
-        culprits = [i for i in sorted(odd) if exact or not np.isfinite(arrays[i]).all()]
-        return Inspection(global_norm(sums, arrays, exact=exact), culprits)
+        culprits = [i for i in sorted(odd) if exact or not np.isfinite(self._read(i, gradients, scales)).all()]
+        norm = global_norm(sums, lambda: self._read_all(gradients, scales), exact=exact)
+        return Inspection(norm * abs(scales.whole), culprits)
 
-    def _values(self, gradient: Any) -> np.ndarray[Any, Any]:
-        dtype = self.library.describe(gradient, "a gradient").dtype
-        stored = self.library.as_numpy(gradient)
-        return widened(stored, dtype, "float64")
+    def _read_all(self, gradients: Sequence[Any], scales: Scales) -> Iterable[np.ndarray[Any, Any]]:
+        return (self._read(i, gradients, scales) for i in range(len(gradients)))
 
-    def prepare(self, clip_scale: float) -> None:
+    def _read(self, place: int, gradients: Sequence[Any], scales: Scales) -> np.ndarray[Any, Any]:
+        """One gradient as a kernel reads it, before it is scaled as a whole."""
+        match = self.matches[place]
+        stored, dtype = self.library.as_numpy(gradients[place]), match.memory["g"].dtype
+        if match.reading in (Reading.PLAIN, Reading.SCALED):
+            return widened(stored, dtype, compute_dtype(dtype))
+        kind = np.dtype(compute_dtype(match.memory["w"].dtype))
+        with np.errstate(all="ignore"):
+            weighed = widened(stored, dtype, kind.name) * kind.type(scales.micro)
+            return weighed if match.total is None else self.library.as_numpy(match.total) + weighed
+
+    def prepare(self, scales: Scales) -> None:
         """Run all that writes nothing but scratch."""
         for batch in self.batches:
-            batch.prepare(clip_scale)
+            batch.prepare(scales)
 
     def commit(self, parameters: Sequence[Any]) -> None:
         """Write parameters and slots."""

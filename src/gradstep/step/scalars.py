@@ -2,13 +2,35 @@
 
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gradstep.arrays.memory import Integers
+from gradstep.errors import OutOfRangeError
 from gradstep.program.program import Program
+from gradstep.program.scalars import LARGEST
 from gradstep.step.launch import Doubles
 from gradstep.step.leaf import Leaf
+
+
+class Scales(NamedTuple):
+    """What gradients are multiplied by as they are read.
+
+    `whole` scales all that the rule sees: the caller's factor or that of a mean, and the clipping. `micro` scales
+    the last micro-batch of a round alone, before it joins the sum of the others.
+    """
+
+    whole: float = 1.0
+    micro: float = 1.0
+
+    def check(self, dtype: str) -> None:
+        """Raise where rounding to the compute dtype gives infinity."""
+        for value in self:
+            if abs(value) >= LARGEST[dtype]:
+                raise OutOfRangeError(
+                    f"grad_scale must be finite in {dtype}, the dtype of the computation, got {value}"
+                )
 
 
 class ScalarTable:
@@ -46,13 +68,13 @@ class ScalarTable:
         """How many rows are in use."""
         return len(self._owners)
 
-    def fill(self, clip_scale: float = 1.0) -> None:
+    def fill(self, scales: Scales) -> None:
         """Check the hyperparameters in the compute dtype, and compute the scalars of the coming step."""
         known: list[dict[str, float]] = []
         bits = b""
         for group in self._groups:
             self._leaf.check_rounded(self._dtype, group)
-            values = {**self._leaf.scalars(group), "clip_scale": clip_scale}
+            values = {**self._leaf.scalars(group), "grad_scale": scales.whole, "g.scale": scales.micro}
             known.append(values)
             bits += struct.pack(f"{len(values)}d", *values.values())  # tells 0.0 from -0.0
         if not self._scalars:

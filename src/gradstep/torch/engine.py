@@ -285,7 +285,7 @@ def _enlist(
 ) -> Member:  # fmt: skip
     """Find what torch's state knows of a parameter, checked, and make what it lacks."""
     _check_gradient(roster, name, parameter, gradient)
-    program = roster.groups.leaf(roster.group_of[name]).program(name, parameter.ndim, clipped=False)
+    program = roster.groups.leaf(roster.group_of[name]).program(name, parameter.ndim)
     there: Mapping[str, Any] = state.get(parameter, {})
     slots: dict[str, Tensor] = {}
     new: dict[str, Tensor] = {}

@@ -1,0 +1,340 @@
+"""Micro-batches: gradients are summed over several calls, and the last call takes the step."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+
+from gradstep.arrays.library import OTHER, Library, Watch, owner, recognise
+from gradstep.arrays.memory import axis_order
+from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
+from gradstep.interrupts import InterruptsHeld
+from gradstep.optimizer import Optimizer, checked_scale, pick
+from gradstep.options import thawed
+from gradstep.report import Rate, Report
+from gradstep.rules.base import RuleOptimizer
+from gradstep.step.bill import MemoryBill, size_of_sums
+from gradstep.step.functional import FormWatch, refuse_tracing
+from gradstep.step.intake import Intake, check_sum, sum_dtype
+from gradstep.step.leaf import Leaf
+from gradstep.step.match import check_parameter
+from gradstep.step.outcome import Outcome
+from gradstep.step.scalars import Scales
+from gradstep.tree import named_arrays
+
+Params = TypeVar("Params")
+OWN = frozenset({"_inner", "_every", "_round", "_adders", "_seen", "_lock", "_plan", "_serial"})
+
+
+class Accumulate(Optimizer):
+    """Gradient accumulation: `every` micro-batches of one size make the step of one big batch.
+
+    ```
+    sum = sum + grad_scale * g                          calls 1 to every - 1
+    g = (sum + grad_scale * g) / every                  call every: the optimizer's own step, with this g
+    ```
+
+    The gradient of the step is the mean, which is that of the big batch for a loss that is a mean. Between the
+    steps nothing but the sums changes: no parameter, slot, counter or schedule. Sums are float32, or float64 for
+    float64 parameters, and added in the order of the calls; the last micro-batch joins them in the pass of the
+    step. A gradient that is absent in some micro-batches counts as zero there; a parameter absent in all of them
+    is left alone.
+
+    Everything else is the wrapped optimizer's: hyperparameters, options, state, counters and `report`, which tells
+    of its last step. Clipping looks at the mean. `nonfinite="raise"` refuses a micro-batch when it comes;
+    `"skip"` leaves out the step of a round in which anything is not finite, and the next round begins.
+
+    Args:
+        optimizer: whose steps are taken, a `MultiOptimizer` too.
+        every: how many micro-batches make a step, at least 1.
+
+    Raises:
+        ArgumentTypeError: `optimizer` is no optimizer, or `every` no integer.
+        OutOfRangeError: `every` is below 1.
+        ConfigurationError: the optimizer accumulates already.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> opt = gs.Accumulate(gs.SGD(0.5), every=2)
+        >>> params = {"w": np.zeros(2, np.float32)}
+        >>> for g in ([1, 2], [3, 6]):
+        ...     _ = opt.apply_gradients({"w": np.array(g, np.float32)}, params)
+        >>> params["w"], opt.step
+        (array([-1., -2.], dtype=float32), 1)
+    """
+
+    _uncopied: ClassVar[frozenset[str]] = Optimizer._uncopied | {"_seen"}
+    _inner: Optimizer
+    _every: int
+    _round: "Round"
+    _adders: "tuple[Adder, Adder]"
+    _seen: "Seen | None"
+
+    def __init__(self, optimizer: Optimizer, *, every: int) -> None:
+        if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"Accumulate takes an optimizer of gradstep, got {optimizer!r}")
+        if isinstance(optimizer, Accumulate):
+            raise ConfigurationError(
+                f"{optimizer!r} accumulates already; multiply the numbers instead: "
+                f"Accumulate(…, every={optimizer.every} * {every!r})"
+            )
+        if isinstance(every, bool) or not isinstance(every, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"every must be an integer, the number of micro-batches in a step, got {every!r}")
+        if every < 1:
+            raise OutOfRangeError(f"every must be at least 1, got {every}")
+        self._inner, self._every, self._round = optimizer, every, Round()
+        self._adders = Adder(), Adder()  # each keeps one plan: for the first call of a round, and for the others
+        self._register()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._inner
+
+    @property
+    def every(self) -> int:
+        """How many micro-batches make a step."""
+        return self._every
+
+    @property
+    def micro_step(self) -> int:
+        """How many micro-batches the sums hold: 0 right after a step, `every - 1` before the next."""
+        return self._round.count
+
+    @property
+    def sums(self) -> Mapping[str, Any]:
+        """The live sums of this round by parameter name, a read-only mapping; empty after a step."""
+        return MappingProxyType(self._round.sums)
+
+    def apply_gradients(self, grads: object, params: Params, *, grad_scale: float = 1.0) -> Params:
+        """Add a micro-batch to the sums or, every `every` calls, take the step; wholly or, on any error, not at all.
+
+        Args:
+            grads: gradients of the micro-batch by name, nested like `params` or flat; a subset of `params` is
+                enough, and `None` stands for an absent gradient. Never written.
+            params: arrays by name: a mapping, or a nested dict, list or tuple. Written by the step alone.
+            grad_scale: multiplies the gradients of this micro-batch; finite, 0 and negative allowed. Default: 1.
+
+        Returns:
+            `params`, the same object.
+
+        Raises:
+            NonFiniteScalarError, OutOfRangeError: `grad_scale` is not finite, or not in the dtype of the computation.
+            GradstepError: sums and `micro_step`, parameters, slots, counters and resolved rates are then what they
+                were, so that the same call can be made again.
+        """
+        scale = checked_scale(grad_scale)
+        self._exclusively(lambda: self._scaled_step(grads, params, scale))
+        return params
+
+    def _scaled_step(self, grads: object, params: object, scale: float) -> None:
+        self._check_options()
+        if self._every == 1:
+            self._inner._scaled_step(grads, params, scale)
+        elif self._round.count < self._every - 1:
+            self._add(named_arrays(grads, "grads"), named_arrays(params, "params"), scale)
+        else:
+            self._finish(named_arrays(grads, "grads"), params, scale)
+
+    def _add(self, wanted: Mapping[str, Any], named: Mapping[str, Any], scale: float) -> None:
+        """Add a micro-batch to the sums: a step of their own, in which they are the parameters."""
+        _ = pick(named, list(wanted))  # a gradient without parameter is an error, also where that would be frozen
+        wanted = thawed(wanted, self._inner.frozen)
+        sums, seen = self._sums_for(wanted, named)
+        adder = self._adders[self._round.count > 0]
+        adder.nonfinite = "raise" if self._inner.nonfinite == "raise" else "allow"
+
+        def done() -> None:
+            self._round.take(sums)
+            self._seen = seen
+
+        intake = Intake(scaled=True, sums=self._round.sums, done=done)
+        adder._take_step(wanted, sums, Scales(micro=scale), intake)
+
+    def _finish(self, wanted: Mapping[str, Any], params: object, scale: float) -> None:
+        """Take the step with the sums and the last micro-batch."""
+        sums = self._round.sums
+        lacking = frozenset(sums.keys() - wanted.keys())
+        intake = Intake(scaled=True, sums=sums, lacking=lacking, done=self._round.close)
+        stand_ins = {name: array for name, array in sums.items() if name in lacking}
+        self._inner._take_step({**wanted, **stand_ins}, params, Scales(1 / self._every, scale), intake)
+
+    def _sums_for(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> "tuple[dict[str, Any], Seen]":
+        """An array for the sum of each gradient: the one there is, one of an earlier round, or a new one."""
+        chosen, held = pick(named, list(wanted)), self._round.spare | self._round.sums
+        seen = self._seen
+        if seen is None or not seen.shows(list(wanted), chosen):
+            parameters = dict(zip(wanted, chosen, strict=True))
+            library = recognise(params=parameters, grads=wanted)
+            if library.in_place is False:
+                refuse_tracing(library, chosen)
+            held = {name: self._sum_for(library, name, parameter) for name, parameter in parameters.items()}
+            seen = Seen(list(wanted), library, chosen)
+        return {name: held[name] for name in wanted}, seen
+
+    def _sum_for(self, library: Library, name: str, parameter: Any) -> Any:
+        """The array for one sum, checked against the parameter as it is now."""
+        if name in self._round.sums:
+            check_sum(library, name, self._round.sums[name], parameter)
+            return self._round.sums[name]
+        spare = self._round.spare.get(name)
+        spare = spare if owner(spare) is library else None
+        if library.in_place is True:
+            memory = check_parameter(library, name, parameter)
+            wanted, order = (memory.shape, sum_dtype(memory.dtype)), axis_order(memory)
+            there = None if spare is None else library.describe(spare, f"sums[{name!r}]")
+            fits = there is not None and (there.shape, there.dtype) == wanted and axis_order(there) == order
+            return spare if fits else library.zeros(wanted[0], order, wanted[1])
+        form = library.describe(parameter, f"params[{name!r}]")
+        form = form._replace(dtype=sum_dtype(form.dtype))
+        fits = spare is not None and library.describe(spare, f"sums[{name!r}]") == form
+        return spare if fits else library.zeros(form)
+
+    def memory(self, params: object) -> MemoryBill:
+        """What the wrapped optimizer needs, and the sums; see `Optimizer.memory`."""
+        own = self._inner.memory(params)
+        if self._every == 1:
+            return own
+        named = thawed(named_arrays(params, "params"), self._inner.frozen)
+        return own + MemoryBill(sums=size_of_sums(named))
+
+    def init(self, params: object) -> None:
+        """Begin anew: zero slots for every parameter, `steps` at 0, and no sums. `step` and schedules stay.
+
+        Args:
+            params: a mapping from name to array, or a nested dict, list or tuple of them.
+
+        Raises:
+            GradstepError: a parameter cannot be trained; then nothing has changed.
+        """
+        super().init(params)
+
+    def _init(self, params: object) -> None:
+        with InterruptsHeld():
+            self._inner._init(params)
+            self._round.forget()
+            self._seen = None
+
+    # What is the wrapped optimizer's
+
+    @property
+    def learning_rate(self) -> Any:
+        """The wrapped optimizer's rate; it may be set to a number or a schedule."""
+        return getattr(self._inner, "learning_rate", None)
+
+    @learning_rate.setter
+    def learning_rate(self, value: object) -> None:
+        setattr(self._inner, "learning_rate", value)  # noqa: B010
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the wrapped optimizer; each is also an attribute."""
+        return cast("Any", self._inner).hyperparameters
+
+    @property
+    def report(self) -> Report | None:
+        """What the last step of the wrapped optimizer did; None before the first. A micro-batch that was only added
+        leaves it; `micro_step` tells of that."""
+        return self._inner.report
+
+    @property
+    def step(self) -> int:
+        return self._inner.step
+
+    @property
+    def state(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._inner.state
+
+    @property
+    def steps(self) -> dict[str, int]:
+        return self._inner.steps
+
+    def _coming_rate(self) -> Rate:
+        return self._inner._coming_rate()
+
+    def _leaves(self) -> list[Leaf]:
+        return self._inner._leaves()
+
+    def _route(self, params: Mapping[str, Any], *, remember: bool = True) -> list[tuple[Leaf, list[str]]]:
+        return self._inner._route(params, remember=remember)
+
+    def _titles(self) -> list[str]:
+        return self._inner._titles()
+
+    def _forget_routes(self) -> None:
+        self._inner._forget_routes()
+
+    def _check_options(self) -> None:
+        self._inner._check_options()
+
+    def _family(self) -> list[Optimizer]:
+        return [self, *self._adders, *self._inner._family()]
+
+    def _count_step(self, outcome: Outcome | None = None) -> None:
+        self._inner._count_step(outcome)
+
+    def _register(self) -> None:
+        super()._register()
+        self._seen = None
+
+    if not TYPE_CHECKING:  # hyperparameters, options and whatever else the wrapped optimizer has
+
+        def __getattr__(self, name: str) -> Any:
+            if name in OWN:
+                raise AttributeError(name)
+            return getattr(self._inner, name)
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in OWN or isinstance(vars(Accumulate).get(name), property):
+                object.__setattr__(self, name, value)
+            else:
+                setattr(self._inner, name, value)
+
+    def __repr__(self) -> str:
+        return f"Accumulate({self._inner!r}, every={self._every})"
+
+
+class Adder(RuleOptimizer):
+    """Adds micro-batches to sums: what a step reads as its gradient becomes the new sum."""
+
+    @staticmethod
+    def rule(w: Any, g: Any) -> Any:
+        return g
+
+
+class Round:
+    """The micro-batches since the last step: how many, and the sums of their gradients by parameter name.
+
+    `spare` holds the sums of earlier rounds, whose memory the next ones take.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, without any memory."""
+        self.count = 0
+        self.sums: dict[str, Any] = {}
+        self.spare: dict[str, Any] = {}
+
+    def take(self, sums: Mapping[str, Any]) -> None:
+        """A micro-batch has been added, and these sums are new."""
+        self.sums.update(sums)
+        self.count += 1
+
+    def close(self) -> None:
+        """The step has been taken, or skipped."""
+        self.spare.update(self.sums)
+        self.sums.clear()
+        self.count = 0
+
+
+class Seen:
+    """The parameters for whose gradients there are sums that fit."""
+
+    def __init__(self, names: list[str], library: Library, parameters: list[Any]) -> None:
+        self._names = names
+        self._watch: Watch = library.watch(parameters) if library.in_place is True else FormWatch(library, parameters)
+
+    def shows(self, names: list[str], parameters: list[Any]) -> bool:
+        """Whether these are such parameters."""
+        return names == self._names and self._watch.locate(parameters) != OTHER
