@@ -31,6 +31,7 @@ params: dict[str, Array] = {"w": np.ones(3, np.float32)}
 assert_type(opt.apply_gradients({"w": np.ones(3, np.float32)}, params), dict[str, Array])
 nested = {"layers": [{"weight": np.ones(3)}]}
 assert opt.apply_gradients({"layers": [None]}, nested) is nested
+assert_type(opt.apply_gradients({}, params, grad_scale=0.5), dict[str, Array])
 opt.init(params)
 opt.preflight()
 assert_type(opt.step, int)
@@ -69,6 +70,11 @@ gs.Adafactor(None, beta_1=0.9, relative_step=True).learning_rate = None
 gs.Muon(np.float32(0.1), ns_steps=5)
 multi = gs.MultiOptimizer([gs.Muon(0.02), opt], [lambda name, parameter: parameter.ndim == 2], clip_norm=1.0)
 opts: tuple[gs.Optimizer, ...] = multi.optimizers
+accumulating = gs.Accumulate(multi, every=4)
+assert_type(accumulating.apply_gradients({}, params, grad_scale=0.5), dict[str, Array])
+assert_type(accumulating.micro_step, int)
+accumulating.clip_norm = 1.0
+inner: gs.Optimizer = accumulating.optimizer
 assert_type(gs.LearningRate(0.1).try_current(3), float)
 
 
@@ -108,6 +114,11 @@ WRONG = [
     "gs.AdamW(0.1).step = 3",
     'gs.AdamW(0.1).state["w"]["m"] = None',
     "gs.AdamW(0.1).apply_gradients({})",
+    'gs.AdamW(0.1).apply_gradients({}, {}, grad_scale="1")',
+    "gs.Accumulate(gs.SGD(0.1))",
+    "gs.Accumulate(0.1, every=2)",
+    'gs.Accumulate(gs.SGD(0.1), every="2")',
+    "gs.Accumulate(gs.SGD(0.1), every=2).every = 3",
     "gs.MultiOptimizer([0.1])",
     "gs.MultiOptimizer([gs.SGD(0.1), gs.SGD(0.2)], [1])",
     'gs.clip_grad_norm({}, "1")',

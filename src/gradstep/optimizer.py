@@ -29,7 +29,7 @@ from gradstep.report import AwaitedReport, Rate, Report
 from gradstep.step.bill import MemoryBill, bill
 from gradstep.step.functional import FunctionalPlan, Look, refuse_shared, refuse_tracing
 from gradstep.step.inspection import Inspection, clip_scale
-from gradstep.step.intake import Intake
+from gradstep.step.intake import PLAIN, SCALED, Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
 from gradstep.step.overlap import refuse_overlap
@@ -260,8 +260,8 @@ class Optimizer(ABC):
         return params
 
     def _scaled_step(self, grads: object, params: object, scale: float) -> None:
-        intake = Intake(scaled=self._clip_norm is not None or scale != 1)
-        self._take_step(grads, params, Scales(scale), intake)
+        scaled = self._clip_norm is not None or scale != 1
+        self._take_step(grads, params, Scales(scale), SCALED if scaled else PLAIN)
 
     def _take_step(self, grads: object, params: object, scales: Scales, intake: Intake) -> None:
         self._resolve()
@@ -562,7 +562,7 @@ def _order(wanted: list[str], there: list[str]) -> list[int] | None:
 
 def checked_scale(grad_scale: object) -> float:
     """The factor of the gradients as a number, or an error that says what it must be."""
-    scale = to_float(grad_scale, "grad_scale")
+    scale = grad_scale if type(grad_scale) is float else to_float(grad_scale, "grad_scale")
     if not math.isfinite(scale):
         raise NonFiniteScalarError(
             f"grad_scale must be a finite number, got {scale}; for a loss that was multiplied by s pass 1 / s"

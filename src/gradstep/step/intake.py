@@ -58,6 +58,9 @@ class Intake:
                 check_sum(library, name, self.total(name), params[name])
 
 
+PLAIN, SCALED = Intake(scaled=False), Intake(scaled=True)
+
+
 def check_sum(library: Library, name: str, total: Any, parameter: Any) -> None:
     """Raise if a sum was made for another parameter than this."""
     what = f"sums[{name!r}]"
