@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -730,3 +731,33 @@ def test_grad_scale_is_checked_in_every_call() -> None:
         assert opt.micro_step == count
         opt.apply_gradients({"w": vector(1)}, params)
     assert params["w"].tolist() == [-1]
+
+
+def test_frozen_parameters_have_no_sums():
+    params, grads = ({n: np.full(3, v, np.float32) for n in ("a", "b")} for v in (0, 1))
+    opt = gs.Accumulate(gs.SGD(1.0, frozen=["b"]), every=2)
+    for _ in range(3):
+        opt.apply_gradients(grads, params)
+    assert list(opt.sums) == ["a"]
+    assert params["a"].tolist() == [-1, -1, -1] and params["b"].tolist() == [0, 0, 0]
+    with pytest.raises(gs.UnknownParameterError, match="'b'"):
+        opt.apply_gradients(grads, {"a": params["a"]})
+    opt.optimizer.frozen = ["a"]  # in the middle of a round: its sum is left alone
+    opt.apply_gradients(grads, params)
+    assert params["a"].tolist() == [-1, -1, -1] and params["b"].tolist() == [-0.5, -0.5, -0.5]
+
+
+@pytest.mark.parametrize("options", [{}, {"slot_dtype": "int8"}, {"rounding": "stochastic"}, {"master_weights": True}])
+def test_narrow_gradients_are_summed_in_float32(options):
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(1000).astype(ml_dtypes.bfloat16)
+    parts = [rng.standard_normal(1000).astype(ml_dtypes.bfloat16) for _ in range(3)]
+    accumulated, plain = {"w": start.copy()}, {"w": start.copy()}
+    opt, once = gs.Accumulate(gs.AdamW(0.1, **options), every=3), gs.AdamW(0.1, **options)
+    for g in parts:
+        opt.apply_gradients({"w": g}, accumulated)
+    total = parts[0].astype(np.float32) + parts[1].astype(np.float32) + parts[2].astype(np.float32)
+    once.apply_gradients({"w": total}, plain, grad_scale=1 / 3)
+    assert accumulated["w"].tobytes() == plain["w"].tobytes() != start.tobytes()
+    for name, array in once.state["w"].items():
+        assert opt.state["w"][name].tobytes() == array.tobytes(), name

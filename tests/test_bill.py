@@ -93,6 +93,19 @@ def test_the_bill_of_several_optimizers_is_their_sum_and_frozen_parameters_cost_
     assert str(opt.memory(params)) == "slots 12,000 bytes, total 12,000 bytes"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_of_micro_batches_are_on_the_bill(layout):
+    rng = np.random.default_rng(0)
+    params, grads = ({n: LAYOUTS[layout](rng.standard_normal(s).astype(np.float32)) for n, s in SHAPES.items()}
+                     for _ in range(2))  # fmt: skip
+    opt = gs.Accumulate(gs.AdamW(0.1, nonfinite="raise"), every=3)
+    bill = opt.memory(params)
+    assert bill.sums == sum(w.nbytes for w in params.values())
+    real = allocated(lambda: [opt.apply_gradients(grads, params) for _ in range(3)])
+    assert bill.total <= real <= bill.total + 3 * TABLES * len(params) + bill.scratch
+    assert gs.Accumulate(gs.AdamW(0.1), every=1).memory(params) == gs.AdamW(0.1).memory(params)
+
+
 def test_what_cannot_be_trained_has_no_bill():
     with pytest.raises(gs.DtypeError, match=r"params\['a'\] has dtype int64"):
         gs.SGD(0.1).memory({"a": np.zeros(3, int)})

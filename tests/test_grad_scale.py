@@ -188,7 +188,7 @@ def test_the_program_without_scaling_is_the_plain_one(capsys: pytest.CaptureFixt
     plain = capsys.readouterr().out
     params = {"w": np.ones(3, np.float32)}
     opt.apply_gradients({"w": np.ones(3, np.float32)}, params, grad_scale=1)
-    assert opt._plan.plan.batches[0].program is opt._leaf.program(1)  # pyright: ignore
+    assert opt._plan.plan.batches[0].program is opt._leaf.program("w", 1)  # pyright: ignore
     opt.apply_gradients({"w": np.ones(3, np.float32)}, params, grad_scale=2)
     assert "grad_scale" in repr(opt._plan.plan.batches[0].program.scalars.spelled)  # pyright: ignore
     gs.explain(opt)
