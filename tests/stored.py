@@ -104,8 +104,8 @@ def units_of_codes(sign: str) -> Array:
     """What each magnitude's code stands for, in units of which the largest code has a square number."""
     if sign != "non-negative":
         return np.arange(128.0) ** 2
-    halves = [16 * 2.0 ** -((29 - c) // 2) * (1.5 if c % 2 else 1.0) for c in range(1, 28)]
-    return np.array([0.0, *halves, *((c - 24.0) ** 2 for c in range(28, 256))])
+    quarters = [64 * 2.0 ** ((c - 48) // 4) * (1 + c % 4 / 4) for c in range(1, 48)]
+    return np.array([0.0, *quarters, *((c - 40.0) ** 2 for c in range(48, 256))])
 
 
 def encode(x: Array, sign: str, words: Array | None, width: int) -> tuple[Array, Array]:
@@ -123,13 +123,13 @@ def encode(x: Array, sign: str, words: Array | None, width: int) -> tuple[Array,
         units = np.where(finite[:, None], units, 0)
         codes = np.clip(np.searchsorted(table, units, "right") - 1, 0, len(table) - 2)
         below, gap = table[codes].astype(np.float32), np.diff(table)[codes].astype(np.float32)
-        # Squares compare with 24 bits of the noise, halves of powers of two add 22 of them.
+        # Squares compare with 24 bits of the noise, quarters of powers of two add 21 of them.
         words = np.full(x.shape, 2**31, np.uint64) if words is None else words
         cut = in_blocks(words, width) >> np.uint64(8)
         up = units - below > cut.astype(np.float32) / np.float32(2**24) * gap
         if sign == "non-negative":
-            distance = np.floor((units - below) / gap * 2.0**22).astype(np.uint64)
-            up = np.where(units < 16, distance + (cut >> np.uint64(2)) >= 2**22, up)
+            distance = np.floor((units - below) / gap * 2.0**21).astype(np.uint64)
+            up = np.where(units < 64, distance + (cut >> np.uint64(3)) >= 2**21, up)
         codes = (codes + up).astype(np.uint8)
     if sign != "signed":
         codes = np.where(size > 0, np.maximum(codes, 1), codes)

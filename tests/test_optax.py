@@ -294,3 +294,9 @@ def test_a_training_loop_of_equinox_ends_with_optax_s_loss() -> None:
         final_loss(module.adamw(optax.cosine_decay_schedule(0.02, 60))) for module in (gradstep.optax, optax)
     )
     assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_narrow_storage_is_refused() -> None:
+    for options in ({"slot_dtype": "int8"}, {"rounding": "stochastic"}, {"master_weights": True}):
+        with pytest.raises(gs.ConfigurationError, match="keeps slots in float32"):
+            gradstep.optax.from_optimizer(gs.Adam(0.1, **options))

@@ -37,7 +37,7 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
 
     Raises:
         OutOfRangeError: `max_norm` is negative or not finite.
-        DtypeError, ArgumentTypeError: an entry is not an array of float32 or float64.
+        DtypeError, ArgumentTypeError: an entry is not an array of real floating numbers.
 
     Example:
         >>> import gradstep as gs, numpy as np

@@ -53,7 +53,7 @@ def from_optimizer(optimizer: Optimizer) -> Any:
 
     Raises:
         ArgumentTypeError: not an optimizer of gradstep.
-        ConfigurationError: `nonfinite="raise"`, which no compiled function can do, or an `Accumulate`.
+        ConfigurationError: narrow slots or rounding; `nonfinite="raise"`, which no compiled function can do, or an `Accumulate`.
 
     Example:
         >>> import gradstep as gs, jax.numpy as jnp, optax

@@ -10,10 +10,10 @@ EXPECTED = "expected float32, float64, bfloat16 or float16"
 
 QUANTUM = 256  # elements that share a scale
 # Codes of what is never negative: from FIRST_SQUARE on c stands for (c - SHIFT)**2 units, below for a number with a
-# mantissa of one bit, so that there is one code for each half of a power of two.
-TOP, SHIFT, FIRST_SQUARE = 255, 24, 28
-HALVES = 22  # bits of float32 behind such a mantissa
-BELOW = (131 << 1) - FIRST_SQUARE  # exponent and mantissa of 16 units, which is code 28, less the code
+# mantissa of two bits, so that there are four codes for each power of two.
+TOP, SHIFT, FIRST_SQUARE = 255, 40, 48
+LOW = 21  # bits of float32 behind such a mantissa
+BELOW = (133 << 2) - FIRST_SQUARE  # exponent and mantissa of 64 units, which is code 48, less the code
 
 Sign: TypeAlias = Literal["signed", "non-negative", "unknown"]
 SIGNS: tuple[Sign, ...] = ("signed", "non-negative", "unknown")
@@ -31,8 +31,8 @@ class Format:
     Attributes:
         dtype: one of `FLOATS`, or "int8" for 8-bit codes with a scale, the largest magnitude, for each block of
             `QUANTUM` elements. A sign bit and c stand for (c / 127)**2 times the scale, with its sign. Where nothing
-            is negative, c stands for ((c - 24) / 231)**2 from 28 on, and below for 3 / 4, 1 / 2, 3 / 8, 1 / 4 … of
-            what 28 stands for.
+            is negative, c stands for ((c - 40) / 215)**2 from 48 on, and below for 7 / 8, 6 / 8, 5 / 8, 4 / 8 of what
+            48 stands for, then half of these, and so on.
         sign: for codes, which values they must be able to hold. Only "signed" ones become 0 when they are small beside
             the largest of their block: what may be a mean of squares is divided by, and must not.
         stochastic: round up or down at random, so that the expected value is the exact one; else to nearest.

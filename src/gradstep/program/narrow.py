@@ -1,7 +1,7 @@
 """LLVM IR that reads and writes what is narrower than float32: bfloat16, float16 and 8-bit codes."""
 
 from gradstep.program import processor
-from gradstep.program.formats import BELOW, FIRST_SQUARE, HALVES, SHIFT, Format
+from gradstep.program.formats import BELOW, FIRST_SQUARE, LOW, SHIFT, Format
 from gradstep.program.rounding import unit
 from gradstep.program.values import Code, literal, splat, vector
 
@@ -184,7 +184,7 @@ def decode(code: Code, kept: Format, codes: str, scale: str, lanes: int) -> str:
     wide = words.widen(codes, 8)
     if kept.sign == "non-negative":
         number = words.subtract(words.count(wide), words.real(float(SHIFT)))
-        small = words.do("shl", words.do("add", wide, BELOW), HALVES)
+        small = words.do("shl", words.do("add", wide, BELOW), LOW)
         small = words.select(words.compare("eq", wide, 0), 0, small)
         is_small = words.compare("ult", wide, FIRST_SQUARE)
         units = words.choose(is_small, words.number_of(small), words.multiply(number, number))
@@ -215,8 +215,10 @@ def encode(code: Code, kept: Format, value: str, inverse: str, noise: str | None
     share = words.real(0.5) if noise is None else words.fraction(noise)
     nearest = words.do("add", lower, words.select(words.order("ogt", past, words.multiply(share, gap)), 1, 0))
     if kept.sign == "non-negative":
-        moved = words.do("add", words.bits(units), 1 << (HALVES - 1) if noise is None else words.do("lshr", noise, 10))
-        small = words.do("sub", words.do("lshr", moved, HALVES), BELOW)
+        moved = words.do(
+            "add", words.bits(units), 1 << (LOW - 1) if noise is None else words.do("lshr", noise, 32 - LOW)
+        )
+        small = words.do("sub", words.do("lshr", moved, LOW), BELOW)
         is_small = words.order("olt", units, words.real(float((FIRST_SQUARE - SHIFT) ** 2)))
         nearest = words.select(is_small, small, words.do("add", nearest, SHIFT))
     if kept.sign != "signed":  # a floor: only zero is zero

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradstep.program.formats import BELOW, FIRST_SQUARE, HALVES, QUANTUM, SHIFT, Format
+from gradstep.program.formats import BELOW, FIRST_SQUARE, LOW, QUANTUM, SHIFT, Format
 from gradstep.program.noise import MULTIPLIERS, mix, name_key, step_shift
 
 
@@ -92,8 +92,8 @@ def encode(on: WordOperations, kept: Format, values: Any, words: Any | None, *, 
     past, gap = units - number * number, number + number + real(1.0)
     nearest = lower + on.cast(past > share * gap, "uint32")
     if kept.sign == "non-negative":
-        moved = on.bits(units) + (w(1 << (HALVES - 1)) if words is None else words >> w(32 - HALVES))
-        small = on.call("maximum", moved >> w(HALVES), w(BELOW)) - w(BELOW)
+        moved = on.bits(units) + (w(1 << (LOW - 1)) if words is None else words >> w(32 - LOW))
+        small = on.call("maximum", moved >> w(LOW), w(BELOW)) - w(BELOW)
         is_small = units < real(float((FIRST_SQUARE - SHIFT) ** 2))
         nearest = on.call("where", is_small, small, nearest + w(SHIFT))
     if kept.sign != "signed":  # a floor: only zero is zero
@@ -110,7 +110,7 @@ def decode(on: WordOperations, kept: Format, codes: Any, scales: Any, *, by_row:
     wide = _blocks(on, on.cast(codes, "uint32"), by_row=by_row)
     if kept.sign == "non-negative":
         number = on.cast(wide, "float32") - on.real(float(SHIFT))
-        small = on.call("where", wide == w(0), w(0), (wide + w(BELOW)) << w(HALVES))
+        small = on.call("where", wide == w(0), w(0), (wide + w(BELOW)) << w(LOW))
         units = on.call("where", wide < w(FIRST_SQUARE), on.floats(small), number * number)
     else:
         number = on.cast(wide & w(0x7F), "float32")
