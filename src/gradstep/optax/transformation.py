@@ -17,6 +17,7 @@ from gradstep.step.evaluate import Evaluation
 from gradstep.step.functional import inspect_gradients
 from gradstep.step.leaf import Leaf
 from gradstep.step.storage import slot_shape
+from gradstep.storage_options import STORAGE_DEFAULTS
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -53,7 +54,8 @@ def from_optimizer(optimizer: Optimizer) -> Any:
 
     Raises:
         ArgumentTypeError: not an optimizer of gradstep.
-        ConfigurationError: narrow slots or rounding; `nonfinite="raise"`, which no compiled function can do, or an `Accumulate`.
+        ConfigurationError: `nonfinite="raise"`, which no compiled function can do; an `Accumulate`; narrow slots,
+            stochastic rounding or float32 copies.
 
     Example:
         >>> import gradstep as gs, jax.numpy as jnp, optax
@@ -75,6 +77,13 @@ def from_optimizer(optimizer: Optimizer) -> Any:
         raise ConfigurationError(
             'nonfinite="raise" cannot work inside of compiled functions; use "skip", or optax.apply_if_finite'
         )
+    for leaf in optimizer._leaves():  # pyright: ignore[reportPrivateUsage]
+        chosen = {n: v for n, v in leaf.storage.options._asdict().items() if v != STORAGE_DEFAULTS[n]}
+        if chosen:
+            raise ConfigurationError(
+                f"from_optimizer keeps slots in float32 and rounds to nearest, got {chosen}; leave that out, or step "
+                "with the optimizer itself, outside of jit"
+            )
     transformation = _Transformation(optimizer)
     return optax.GradientTransformation(transformation.init, transformation.update)
 
