@@ -42,10 +42,10 @@ def test_narrow_numbers_train_as_well_as_float32_unless_they_round_small_steps_a
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small only wait for each other's threads
     try:
-        losses = {way: model.train(dtype, options) for way, (dtype, options) in model.WAYS.items()}
+        losses = {way: model.train(dtype, options, steps=800) for way, (dtype, options) in model.WAYS.items()}
     finally:
         torch.set_num_threads(threads)
     exact, *others, nearest = losses.values()
-    assert exact < 2.2
+    assert exact < 2.4
     assert others == pytest.approx([exact] * 4, rel=0.01)
-    assert nearest > 1.03 * exact
+    assert nearest > 1.02 * exact

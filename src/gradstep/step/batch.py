@@ -218,14 +218,19 @@ class Batch:
 
     def _small_results(self, values: list[SmallValues]) -> list[tuple[Array, Array]]:
         """Each slot of rows or columns, and its new value. An empty parameter has no statistics to keep."""
-        seed, step = self.leaf.storage.options.seed, self.leaf.step
         return [
-            (target, narrowed(values[i][symbol].reshape(target.shape), self.formats[slot],
-                              key_words(tensor_key(seed, self.matches[i].name), slot, step)))
+            (target, narrowed(values[i][symbol].reshape(target.shape), self.formats[slot], self._key(slot, i)))
             for slot, symbol in self.program.small_outputs.items()
             for i, target in enumerate(self._views[slot])
             if self.sizes[i]
-        ]  # fmt: skip
+        ]
+
+    def _key(self, slot: str, tensor: int) -> tuple[int, int, int] | None:
+        """What the noise of a slot begins with, where it is rounded at random."""
+        if not self.formats[slot].dithered:
+            return None
+        seed = self.leaf.storage.options.seed
+        return key_words(tensor_key(seed, self.matches[tensor].name), slot, self.leaf.step)
 
 
 def _addresses(arrays: Sequence[Array]) -> Integers:

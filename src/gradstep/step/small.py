@@ -70,13 +70,13 @@ def widened(stored: Array, dtype: str, compute: str) -> Array:
     return stored.astype(compute, copy=False)
 
 
-def narrowed(value: Array, kept: Format, key: tuple[int, int, int]) -> Array:
-    """The inverse, rounded as the format says; `key` is what the noise begins with."""
+def narrowed(value: Array, kept: Format, key: tuple[int, int, int] | None) -> Array:
+    """The inverse, rounded to nearest or, with what the noise begins with as `key`, at random."""
     if kept.dtype not in NARROW:
         return value
     with np.errstate(all="ignore"):
         exact = value.astype(np.float32)
-        if kept.dithered:
+        if key is not None:
             words = noise(NUMPY_WORDS, [np.uint32(word) for word in key], value.shape)
             exact = round_at_random(NUMPY_WORDS, exact, kept.dtype, words)
         if kept.dtype == "float16":
