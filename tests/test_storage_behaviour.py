@@ -733,3 +733,16 @@ def test_parts_whose_shape_was_changed_are_refused(part: str) -> None:
         opt.apply_gradients({"w": torch.ones(600)}, params)
     assert torch.equal(params["w"], before)
     assert opt.step == 1
+
+
+def test_explain_tells_how_arrays_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    gs.explain(gs.AdamW(0.1, slot_dtype="int8"), ir=False)
+    head = capsys.readouterr().out.splitlines()[:3]
+    assert head[0].endswith("16.06 bytes per element")  # w twice, g, two codes twice, two scales for 256 twice
+    assert [line.strip() for line in head[1:]] == ["keeps m in int8, v in int8", "rounds v at random"]
+    gs.explain(gs.SGD(0.1, momentum=0.9, master_weights=True), dtype="bfloat16", ir=False)
+    text = capsys.readouterr().out
+    assert "22 bytes per element" in text
+    assert "computed in float32" in text and "keeps w with a copy in float32" in text
+    with pytest.raises(gs.DtypeError, match="dtype must be one of float32, float64, bfloat16, float16, got 'uint8'"):
+        gs.explain(gs.SGD(0.1), dtype="uint8")

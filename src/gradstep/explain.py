@@ -1,12 +1,13 @@
 """What an optimizer computes, printed as formulas and as LLVM IR."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from gradstep.accumulate import Accumulate
 from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.optimizer import Optimizer
 from gradstep.program.compiler import module_ir
-from gradstep.program.formats import BYTES
+from gradstep.program.formats import BYTES, FLOATS, QUANTUM, Format, compute_dtype, scales_of
 from gradstep.program.formulas import spell
 from gradstep.program.graph import Kind, Reading, Symbol
 from gradstep.program.kernel import emit
@@ -23,12 +24,12 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
     Args:
         opt: any optimizer.
         ndim: the number of dimensions of the parameters in question; some rules depend on it.
-        dtype: their dtype, "float32" or "float64".
+        dtype: their dtype and that of their gradients: "float32", "float64", "bfloat16" or "float16".
         ir: whether to print the IR as well.
 
     Raises:
         ArgumentTypeError: `opt` is no optimizer.
-        DtypeError: the dtype is not one in which rules are computed.
+        DtypeError: the dtype is not one that parameters have.
 
     Example:
         >>> import gradstep as gs
@@ -44,14 +45,18 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
     """
     if not isinstance(opt, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentTypeError(f"explain takes an optimizer, got {opt!r}")
-    if dtype not in BYTES:
-        raise DtypeError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
+    if dtype not in FLOATS:
+        raise DtypeError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
     reading = Reading.SCALED if opt.clip_norm is not None else Reading.PLAIN
     if isinstance(opt, Accumulate) and opt.every > 1:
         reading = Reading.SUMMED
     leaves = opt._leaves()  # pyright: ignore[reportPrivateUsage]
-    programs = [found for leaf in leaves for found in _programs(leaf.programs(ndim, reading))]
-    print("\n\n".join(_explain(program, uses, ndim, dtype, ir) for program, uses in programs))
+    texts = [
+        _explain(program, leaf.storage.formats(program.slots, dtype, dtype), uses, ndim, ir)
+        for leaf in leaves
+        for program, uses in _programs(leaf.programs(ndim, reading))
+    ]
+    print("\n\n".join(texts))
 
 
 def _programs(variants: list[tuple[dict[str, list[str]], Program]]) -> list[tuple[Program, list[str]]]:
@@ -64,25 +69,44 @@ def _programs(variants: list[tuple[dict[str, list[str]], Program]]) -> list[tupl
     return list(found.values())
 
 
-def _explain(program: Program, uses: list[str], ndim: int, dtype: str, ir: bool) -> str:
-    text = _Text(program)
-    lines = [_headline(program, ndim, dtype), *(f"  for parameters with {use}" for use in uses if use)]
-    lines += text.scalars(dtype)
+def _explain(program: Program, formats: Mapping[str, Format], uses: list[str], ndim: int, ir: bool) -> str:
+    text, dtype = _Text(program), compute_dtype(formats["w"].dtype)
+    lines = [_headline(program, formats, ndim), *(f"  for parameters with {use}" for use in uses if use)]
+    lines += [*_storage(program, formats), *text.scalars(dtype)]
     for number, sweep in enumerate(program.sweeps):
         lines += [*text.sweep(sweep, number), *text.after(number)]
     if ir:
         for number, sweep in enumerate(program.sweeps):
-            lines += ["", f"; sweep {number + 1}", module_ir(emit(program, sweep, dtype, {}).ir)]
+            lines += ["", f"; sweep {number + 1}", module_ir(emit(program, sweep, dtype, formats).ir)]
     return "\n".join(lines)
 
 
-def _headline(program: Program, ndim: int, dtype: str) -> str:
-    moves = sum(len(_arrays(sweep)) + len(sweep.stores) for sweep in program.sweeps)
-    sweeps = len(program.sweeps)
+def _headline(program: Program, formats: Mapping[str, Format], ndim: int) -> str:
+    dtype, sweeps = formats["w"].dtype, len(program.sweeps)
+    places = [place_of(source) for sweep in program.sweeps for source in _arrays(sweep)]
+    places += [store.place for sweep in program.sweeps for store in sweep.stores]
+    size = sum(_size(place, formats.get(place, Format(compute_dtype(dtype)))) for place in places)
     return (
         f"{program.name}, {dtype}, {ndim} dimension{'s' * (ndim != 1)}: {sweeps} sweep{'s' * (sweeps != 1)}, "
-        f"{moves * BYTES[dtype]} bytes per element"
+        f"{size:.4g} bytes per element"
     )
+
+
+def _size(place: str, kept: Format) -> float:
+    """Bytes that an array has for each element."""
+    parts = kept.parts(place).items()
+    return sum(BYTES[dtype] / (QUANTUM if part == scales_of(place) else 1) for part, dtype in parts)
+
+
+def _storage(program: Program, formats: Mapping[str, Format]) -> list[str]:
+    """How arrays are kept that differ from the computation's dtype, and which are rounded at random."""
+    compute = compute_dtype(formats["w"].dtype)
+    kept = [f"{slot} in {formats[slot].dtype}" for slot in program.slots if formats[slot].dtype != compute]
+    kept += ["w with a copy in float32"] if formats["w"].master else []
+    random = [place for place in ("w", *program.slots) if formats[place].dithered]
+    lines = [f"  computed in {compute}"] if formats["w"].dtype != compute else []
+    lines += [f"  keeps {', '.join(kept)}"] if kept else []
+    return lines + ([f"  rounds {' '.join(random)} at random"] if random else [])
 
 
 def _arrays(sweep: Sweep) -> list[Symbol]:
