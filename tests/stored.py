@@ -108,7 +108,7 @@ def units_of_codes(sign: str) -> Array:
     return np.array([0.0, *quarters, *((c - 40.0) ** 2 for c in range(48, 256))])
 
 
-def encode(x: Array, sign: str, words: Array | None, width: int) -> tuple[Array, Array]:
+def encode(x: Array, sign: str, words: Array, width: int) -> tuple[Array, Array]:
     """The codes of float32 numbers, and the scale of each block."""
     table = units_of_codes(sign)
     one, blocks = np.float32(1), in_blocks(x.astype(np.float32), width)
@@ -124,14 +124,15 @@ def encode(x: Array, sign: str, words: Array | None, width: int) -> tuple[Array,
         codes = np.clip(np.searchsorted(table, units, "right") - 1, 0, len(table) - 2)
         below, gap = table[codes].astype(np.float32), np.diff(table)[codes].astype(np.float32)
         # Squares compare with 24 bits of the noise, quarters of powers of two add 21 of them.
-        words = np.full(x.shape, 2**31, np.uint64) if words is None else words
         cut = in_blocks(words, width) >> np.uint64(8)
         up = units - below > cut.astype(np.float32) / np.float32(2**24) * gap
         if sign == "non-negative":
             distance = np.floor((units - below) / gap * 2.0**21).astype(np.uint64)
             up = np.where(units < 64, distance + (cut >> np.uint64(3)) >= 2**21, up)
         codes = (codes + up).astype(np.uint8)
-    if sign != "signed":
+    if sign == "signed":
+        codes = np.where(units < 1 - 2**-10, 0, codes).astype(np.uint8)
+    else:
         codes = np.where(size > 0, np.maximum(codes, 1), codes)
     if sign != "non-negative":
         codes = codes + np.where(np.signbit(blocks) & (codes > 0), 128, 0)
@@ -218,8 +219,7 @@ class StoredReference:
             stochastic = False
         words = noise(self.choice.seed, self.name, place, step, value.size).reshape(value.shape)
         if dtype == "int8":
-            dithered = stochastic or sign != "signed"
-            coded = encode(single, sign, words if dithered else None, value.size)
+            coded = encode(single, sign, words, value.size)
             self.state[f"{place}.codes"], self.state[f"{place}.scales"] = coded
             return
         if dtype in NARROW:

@@ -147,14 +147,9 @@ class TestTheMean:
 
     @pytest.mark.parametrize("sign", SIGNS)
     def test_over_steps_is_the_value_for_codes(self, sign):
-        x = np.float32([2.5, 2.4999, 1.0, 0.37, 0.05, 0.004, 3e-4, 0.0])
+        x = np.float32([2.5, 2.4999, 1.0, 0.37, 0.05, 0.004, 3e-4, 0.0])  # all from code 1 on
         x = x if sign == "non-negative" else np.concatenate([x, -x])
         error = np.abs(mean_over_steps(x, FIBONACCI, "int8", sign) - x) / code_gaps(x, 2.5, sign)
-        assert error.max() <= MISSES + 2.0**-13
-
-    def test_over_steps_is_the_value_for_signed_codes_below_the_first(self):
-        x = np.float32([1, 1e-6, -3e-5, 2e-5])
-        error = np.abs(mean_over_steps(x, FIBONACCI, "int8", "signed") - x) * 127**2
         assert error.max() <= MISSES + 2.0**-13
 
     # Independent numbers: by Hoeffding, the mean of n numbers in an interval of length 1 is further than
@@ -163,7 +158,7 @@ class TestTheMean:
     def test_over_elements_is_the_value(self, dtype):
         count = 10_000
         bound = math.sqrt(math.log(2 / 1e-6) / (2 * count))
-        for value in (1.001, -0.1, 2.0**-20 * 1.3):
+        for value in (1.001, -0.1, 2.0**-20 * 1.3 if dtype != "int8" else 3e-4):
             x = np.full(count, value, np.float32)
             if dtype == "int8":
                 x[::BLOCK] = 2.0
@@ -294,10 +289,10 @@ class TestCodes:
             above = np.clip(np.searchsorted(table, block / scale, "right"), 1, len(table) - 1)
             room = table[above] - table[above - 1]
             tolerance = 2.0**-20
+            assert (off <= room + tolerance).all()
             if sign == "signed":
-                assert (off <= room / 2 + tolerance).all()
+                assert (codes[block / scale < (1 - 2.0**-9) * table[1]] == 0).all()
             else:
-                assert (off <= room + tolerance).all()
                 assert ((codes > 0) == (block > 0)).all()
         found = decoded(parts, sign)
         assert (found * x >= 0).all()
@@ -313,8 +308,23 @@ class TestCodes:
             assert ((opt.state["w"]["s.codes"] != 0) == (x != 0)).all()
 
     def test_signed_values_far_below_the_largest_become_zero(self):
-        parts = stored(np.float32([1, 1e-6, -1e-6, 1 / 127**2, -1 / 127**2]), "int8", "signed")
+        parts = stored(np.float32([1, 1e-6, -6e-5, 1 / 127**2, -1 / 127**2]), "int8", "signed")
         assert parts["s.codes"].tolist() == [127, 0, 0, 1, 129]
+
+    def test_what_shrinks_by_a_tenth_comes_to_nothing(self):
+        """To nearest, a code below 10 would stay where it is for ever."""
+
+        @gs.rule(signs={"s": "signed"})
+        def Mean(w: Any, g: Any, s: Any, *, learning_rate: Any) -> Any:
+            return w, 0.9 * s + g
+
+        opt, params = Mean(0.0, slot_dtype="int8"), {"w": np.zeros(512, np.float32)}
+        g = np.full(512, 0.005, np.float32)
+        g[::BLOCK] = 0.1  # keeps the scale
+        opt.apply_gradients({"w": g}, params)
+        for _ in range(200):
+            opt.apply_gradients({"w": np.where(g == np.float32(0.1), g, 0)}, params)
+        assert np.count_nonzero(opt.state["w"]["s.codes"]) == 2
 
     @pytest.mark.parametrize("sign", SIGNS)
     @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
@@ -383,7 +393,7 @@ class TestCodes:
         w, g = values(1, shape, "float32"), values(2, shape, "float32")
         wide.apply_gradients({"w": g}, {"w": w.copy()})
         narrow.apply_gradients({"w": g}, {"w": w.copy()})
-        codes, scales = encode(wide.state["w"]["m"], "signed", None, shape[-1])
+        codes, scales = encode(wide.state["w"]["m"], "signed", noise(0, "w", "m", 0, w.size).reshape(shape), shape[-1])
         assert_same_bits(narrow.state["w"]["m.codes"], codes)
         assert_same_bits(narrow.state["w"]["m.scales"], scales)
         assert scales.size == math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
@@ -393,7 +403,7 @@ class TestCodes:
         w, g = values(1, (30, 50), "float32"), values(2, (30, 50), "float32")
         wide.apply_gradients({"w": g}, {"w": w.copy()})
         narrow.apply_gradients({"w": g}, {"w": w.copy()})
-        codes, scales = encode(wide.state["w"]["v"], "signed", None, w.size)
+        codes, scales = encode(wide.state["w"]["v"], "signed", noise(0, "w", "v", 0, w.size).reshape(w.shape), w.size)
         assert_same_bits(narrow.state["w"]["v.codes"], codes)
         assert_same_bits(narrow.state["w"]["v.scales"], scales)
 

@@ -739,7 +739,7 @@ def test_explain_tells_how_arrays_are_kept(capsys: pytest.CaptureFixture[str]) -
     gs.explain(gs.AdamW(0.1, slot_dtype="int8"), ir=False)
     head = capsys.readouterr().out.splitlines()[:3]
     assert head[0].endswith("16.06 bytes per element")  # w twice, g, two codes twice, two scales for 256 twice
-    assert [line.strip() for line in head[1:]] == ["keeps m in int8, v in int8", "rounds v at random"]
+    assert [line.strip() for line in head[1:]] == ["keeps m in int8, v in int8", "rounds m v at random"]
     gs.explain(gs.SGD(0.1, momentum=0.9, master_weights=True), dtype="bfloat16", ir=False)
     text = capsys.readouterr().out
     assert "22 bytes per element" in text

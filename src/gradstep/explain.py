@@ -103,7 +103,7 @@ def _storage(program: Program, formats: Mapping[str, Format]) -> list[str]:
     compute = compute_dtype(formats["w"].dtype)
     kept = [f"{slot} in {formats[slot].dtype}" for slot in program.slots if formats[slot].dtype != compute]
     kept += ["w with a copy in float32"] if formats["w"].master else []
-    random = [place for place in ("w", *program.slots) if formats[place].dithered]
+    random = [place for place in ("w", *program.slots) if formats[place].stochastic]
     lines = [f"  computed in {compute}"] if formats["w"].dtype != compute else []
     lines += [f"  keeps {', '.join(kept)}"] if kept else []
     return lines + ([f"  rounds {' '.join(random)} at random"] if random else [])

@@ -58,7 +58,7 @@ class Access:
         self.places = {(operand.place, operand.sums): number for number, operand in enumerate(self.operands)}
         self.coded = [place for place, kept in formats.items() if kept.coded]
         self.encoded = [place for place in self.coded if place in written]
-        self._rounded = [place for place in written if formats[place].dithered]
+        self._rounded = [place for place in written if formats[place].stochastic]
         self._bases: list[str] = []
         self._leaps: dict[int, str] = {}
         self._chunk_end = ""
@@ -167,7 +167,7 @@ class Access:
             return
         if kept.master:
             self._write(master_of(place), index, value, lanes)
-        noise = self._noise(place, index, lanes)
+        noise = self._noise(place, index, lanes) if kept.stochastic else None
         self._write(place, index, self._to_stored(value, kept.dtype, noise, lanes), lanes)
 
     def read(self, part: str, index: str, lanes: int) -> str:
@@ -206,10 +206,8 @@ class Access:
         element = TYPES[self.operands[number].dtype]
         return self.code.let(f"getelementptr {element}, ptr {self._bases[number]}, i64 {index}")
 
-    def _noise(self, place: str, index: str, lanes: int) -> str | None:
-        """Random words for elements from `index` on; None where rounding is to nearest."""
-        if place not in self._keys:
-            return None
+    def _noise(self, place: str, index: str, lanes: int) -> str:
+        """Random words for elements from `index` on."""
         code, (low, high) = self.code, self._keys[place]
         words = vector("i32", lanes)
         low, high = splat(code, "i32", low, lanes), splat(code, "i32", high, lanes)

@@ -12,6 +12,7 @@ QUANTUM = 256  # elements that share a scale
 # Codes of what is never negative: from FIRST_SQUARE on c stands for (c - SHIFT)**2 units, below for a number with a
 # mantissa of two bits, so that there are four codes for each power of two.
 TOP, SHIFT, FIRST_SQUARE = 255, 40, 48
+CUT = 1 - 2**-10  # units below which what is signed becomes 0: rounding must not push code 1 there
 LOW = 21  # bits of float32 behind such a mantissa
 BELOW = (133 << 2) - FIRST_SQUARE  # exponent and mantissa of 64 units, which is code 48, less the code
 
@@ -33,9 +34,10 @@ class Format:
             `QUANTUM` elements. A sign bit and c stand for (c / 127)**2 times the scale, with its sign. Where nothing
             is negative, c stands for ((c - 40) / 215)**2 from 48 on, and below for 7 / 8, 6 / 8, 5 / 8, 4 / 8 of what
             48 stands for, then half of these, and so on.
-        sign: for codes, which values they must be able to hold. Only "signed" ones become 0 when they are small beside
-            the largest of their block: what may be a mean of squares is divided by, and must not.
-        stochastic: round up or down at random, so that the expected value is the exact one; else to nearest.
+        sign: for codes, which values they must be able to hold. Only "signed" ones become 0 below the smallest code:
+            what may be a mean of squares is divided by, and must not.
+        stochastic: round up or down at random, so that the expected value is the exact one; else to nearest. Codes
+            always are: a running mean that loses a tenth in a step, or a thousandth, would never reach the next one.
         master: keep a float32 copy beside it, which counts where it rounds to what is stored.
     """
 
@@ -50,15 +52,9 @@ class Format:
         return self.dtype == "int8"
 
     @property
-    def dithered(self) -> bool:
-        """Whether it is rounded at random. Codes are, unless values change fast enough to reach another code soon: a
-        running mean that keeps 0.999 of itself would stay where it is for ever."""
-        return self.stochastic or (self.coded and self.sign != "signed")
-
-    @property
     def ordered(self) -> bool:
         """Whether an element's place in C order matters: for its block, or for its random number."""
-        return self.coded or self.dithered
+        return self.coded or self.stochastic
 
     @property
     def steps(self) -> int:

@@ -1,7 +1,7 @@
 """LLVM IR that reads and writes what is narrower than float32: bfloat16, float16 and 8-bit codes."""
 
 from gradstep.program import processor
-from gradstep.program.formats import BELOW, FIRST_SQUARE, LOW, SHIFT, Format
+from gradstep.program.formats import BELOW, CUT, FIRST_SQUARE, LOW, SHIFT, Format
 from gradstep.program.rounding import unit
 from gradstep.program.values import Code, literal, splat, vector
 
@@ -195,11 +195,11 @@ def decode(code: Code, kept: Format, codes: str, scale: str, lanes: int) -> str:
     return words.number_of(words.do("xor", words.bits(value), words.do("shl", words.do("and", wide, 0x80), 24)))
 
 
-def encode(code: Code, kept: Format, value: str, inverse: str, noise: str | None, lanes: int) -> str:
+def encode(code: Code, kept: Format, value: str, inverse: str, noise: str, lanes: int) -> str:
     """The codes of float32 numbers; `inverse` is one over the scale of the block.
 
     Of the two codes next to a number the larger one is taken where the number is more than the share `noise` of the way
-    to it, a half without.
+    to it.
     """
     words = Words(code, lanes)
     bits = words.bits(value)
@@ -212,22 +212,22 @@ def encode(code: Code, kept: Format, value: str, inverse: str, noise: str | None
     number = words.count(lower)
     past = words.subtract(units, words.multiply(number, number))
     gap = words.add(words.add(number, number), one)
-    share = words.real(0.5) if noise is None else words.fraction(noise)
-    nearest = words.do("add", lower, words.select(words.order("ogt", past, words.multiply(share, gap)), 1, 0))
+    up = words.order("ogt", past, words.multiply(words.fraction(noise), gap))
+    chosen = words.do("add", lower, words.select(up, 1, 0))
     if kept.sign == "non-negative":
-        moved = words.do(
-            "add", words.bits(units), 1 << (LOW - 1) if noise is None else words.do("lshr", noise, 32 - LOW)
-        )
+        moved = words.do("add", words.bits(units), words.do("lshr", noise, 32 - LOW))
         small = words.do("sub", words.do("lshr", moved, LOW), BELOW)
         is_small = words.order("olt", units, words.real(float((FIRST_SQUARE - SHIFT) ** 2)))
-        nearest = words.select(is_small, small, words.do("add", nearest, SHIFT))
-    if kept.sign != "signed":  # a floor: only zero is zero
+        chosen = words.select(is_small, small, words.do("add", chosen, SHIFT))
+    if kept.sign == "signed":
+        chosen = words.select(words.order("olt", units, words.real(CUT)), 0, chosen)
+    else:  # a floor: only zero is zero
         least = words.select(words.compare("ne", size, 0), 1, 0)
-        nearest = words.select(words.compare("sgt", nearest, least), nearest, least)
+        chosen = words.select(words.compare("sgt", chosen, least), chosen, least)
     if kept.sign == "non-negative":
-        return words.cut(nearest, 8)
+        return words.cut(chosen, 8)
     negative = words.do("lshr", words.do("and", bits, SIGN_BIT), 24)
-    return words.cut(words.do("or", nearest, words.select(words.compare("eq", nearest, 0), 0, negative)), 8)
+    return words.cut(words.do("or", chosen, words.select(words.compare("eq", chosen, 0), 0, negative)), 8)
 
 
 def scale_of(code: Code, largest: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradstep.program.formats import BELOW, FIRST_SQUARE, LOW, QUANTUM, SHIFT, Format
+from gradstep.program.formats import BELOW, CUT, FIRST_SQUARE, LOW, QUANTUM, SHIFT, Format
 from gradstep.program.noise import MULTIPLIERS, mix, name_key, step_shift
 
 
@@ -76,7 +76,7 @@ def round_at_random(on: WordOperations, x: Any, dtype: str, words: Any) -> Any:
     return on.call("where", x == x, rounded, x)
 
 
-def encode(on: WordOperations, kept: Format, values: Any, words: Any | None, *, by_row: bool) -> tuple[Any, Any]:
+def encode(on: WordOperations, kept: Format, values: Any, words: Any, *, by_row: bool) -> tuple[Any, Any]:
     """The codes of float32 numbers and the scales of their blocks: see `narrow.encode`."""
     w, real = on.word, on.real
     bits = _blocks(on, on.bits(values), by_row=by_row)
@@ -87,21 +87,23 @@ def encode(on: WordOperations, kept: Format, values: Any, words: Any | None, *, 
     units = ratio * real(float(kept.steps**2))
     lower = on.cast(on.call("sqrt", units), "uint32")
     number = on.cast(lower, "float32")
-    words = None if words is None else _blocks(on, words, by_row=by_row)
-    share = real(0.5) if words is None else on.cast(words >> w(8), "float32") * real(2.0**-24)
+    words = _blocks(on, words, by_row=by_row)
+    share = on.cast(words >> w(8), "float32") * real(2.0**-24)
     past, gap = units - number * number, number + number + real(1.0)
-    nearest = lower + on.cast(past > share * gap, "uint32")
+    chosen = lower + on.cast(past > share * gap, "uint32")
     if kept.sign == "non-negative":
-        moved = on.bits(units) + (w(1 << (LOW - 1)) if words is None else words >> w(32 - LOW))
+        moved = on.bits(units) + (words >> w(32 - LOW))
         small = on.call("maximum", moved >> w(LOW), w(BELOW)) - w(BELOW)
         is_small = units < real(float((FIRST_SQUARE - SHIFT) ** 2))
-        nearest = on.call("where", is_small, small, nearest + w(SHIFT))
-    if kept.sign != "signed":  # a floor: only zero is zero
-        nearest = on.call("maximum", nearest, on.cast(size != w(0), "uint32"))
+        chosen = on.call("where", is_small, small, chosen + w(SHIFT))
+    if kept.sign == "signed":
+        chosen = on.call("where", units < real(CUT), w(0), chosen)
+    else:  # a floor: only zero is zero
+        chosen = on.call("maximum", chosen, on.cast(size != w(0), "uint32"))
     if kept.sign != "non-negative":
         negative = (bits & w(0x80000000)) >> w(24)
-        nearest = nearest | on.call("where", nearest == w(0), w(0), negative)
-    return on.cast(_unblocks(nearest, values.shape, by_row=by_row), "uint8"), scales
+        chosen = chosen | on.call("where", chosen == w(0), w(0), negative)
+    return on.cast(_unblocks(chosen, values.shape, by_row=by_row), "uint8"), scales
 
 
 def decode(on: WordOperations, kept: Format, codes: Any, scales: Any, *, by_row: bool) -> Any:

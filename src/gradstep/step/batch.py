@@ -43,7 +43,7 @@ class Batch:
         self.formats = matches[0].formats
         self.dtype = compute_dtype(self.formats["w"].dtype)
         self.gradient_dtype = self.formats["g"].dtype
-        self._dithered = any(kept.dithered for kept in self.formats.values())
+        self._stochastic = any(kept.stochastic for kept in self.formats.values())
         self.sizes: Integers = np.array([match.memory["w"].size for match in matches], np.int64)
         self.scratch: list[Scratch] = []
         self.addresses: dict[str, Integers] = {}
@@ -74,7 +74,7 @@ class Batch:
     def _make_keys(self, names: Sequence[str]) -> Integers:
         """What each tensor's noise begins with, where something is rounded at random."""
         seed = self.leaf.storage.options.seed
-        return np.array([signed(tensor_key(seed, name)) for name in names] if self._dithered else (), np.int64)
+        return np.array([signed(tensor_key(seed, name)) for name in names] if self._stochastic else (), np.int64)
 
     def _launch(self, level: int) -> Launch:
         sweep = self.program.sweeps[level]
@@ -153,7 +153,7 @@ class Batch:
     def prepare(self, scales: Scales) -> None:
         """Fill the scalars and run every sweep but the last: all that is written is scratch."""
         self._scalars.fill(scales)
-        if self._dithered:
+        if self._stochastic:
             for launch in self._launches:
                 launch.shift(step_shift(self.leaf.step))
         if len(self._launches) == 1:
@@ -227,7 +227,7 @@ class Batch:
 
     def _key(self, slot: str, tensor: int) -> tuple[int, int, int] | None:
         """What the noise of a slot begins with, where it is rounded at random."""
-        if not self.formats[slot].dithered:
+        if not self.formats[slot].stochastic:
             return None
         seed = self.leaf.storage.options.seed
         return key_words(tensor_key(seed, self.matches[tensor].name), slot, self.leaf.step)

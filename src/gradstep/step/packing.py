@@ -66,7 +66,7 @@ class Packing:
 
 def rounded_places(formats: Mapping[str, Format]) -> list[str]:
     """The places that are rounded at random."""
-    return [place for place, kept in formats.items() if kept.dithered]
+    return [place for place, kept in formats.items() if kept.stochastic]
 
 
 def round_keys(names: Sequence[str], places: Sequence[Sequence[str]], seed: int, step: int) -> np.ndarray[Any, Any]:

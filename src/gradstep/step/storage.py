@@ -75,7 +75,7 @@ class Storage:
         }
         for slot in slots:
             dtype = self._dtypes.get(slot, compute)
-            stochastic = self._stochastic and dtype in (*NARROW, "int8")
+            stochastic = dtype == "int8" or (self._stochastic and dtype in NARROW)
             formats[slot] = Format(dtype, self._signs[slot], stochastic)
         return formats
 
