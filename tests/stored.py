@@ -224,6 +224,8 @@ class StoredReference:
             return
         if dtype in NARROW:
             stored = at_random(single, dtype, words) if stochastic else to_nearest(single, dtype)
+            if dtype == "float16" and place != "w" and sign == "non-negative":
+                stored = np.where((stored == 0) & (single > 0), DTYPES[dtype].type(2.0**-24), stored)
         else:
             with np.errstate(all="ignore"):
                 stored = value.astype(dtype)

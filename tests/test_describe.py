@@ -154,3 +154,16 @@ def test_a_copy_describes_alike(capsys: Any) -> None:
     first = capsys.readouterr().out
     pickle.loads(pickle.dumps(opt)).describe(nested())
     assert capsys.readouterr().out == first
+
+
+def test_globs_that_do_nothing_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    params = {"layers.0.weight": np.ones(2), "bias": np.ones(2)}
+    gs.AdamW({"layer.*": 1, "layers.*": 2, "*": 3}, weight_decay={"*.bias": 0, "*": 0.1}, frozen=["stem.*"]).describe(
+        params
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "no parameter takes anything from: frozen 'stem.*', learning_rate 'layer.*', weight_decay '*.bias'"
+    gs.MultiOptimizer([gs.SGD({"a": 1, "*": 2}), gs.SGD({"bias": 1, "*": 2})], ["layers.*"]).describe(params)
+    assert capsys.readouterr().out.splitlines()[-1] == "no parameter takes anything from: [0] SGD's learning_rate 'a'"
+    gs.SGD({"layers.*": 1, "bias": 2, "*": 3}).describe(params)
+    assert "no parameter" not in capsys.readouterr().out

@@ -679,7 +679,7 @@ def test_bfloat16_of_numpy_needs_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> N
     opt, params = gs.Adam(0.1, slot_dtype="bfloat16"), {"w": np.ones(3, np.float32)}
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     for call in (lambda: opt.init(params), lambda: opt.apply_gradients({"w": np.ones(3, np.float32)}, params)):
-        with pytest.raises(gs.DtypeError, match=r"gradstep\[bfloat16\].*float16"):
+        with pytest.raises(gs.DtypeError, match=r"gradstep\[bfloat16\]"):
             call()
     assert (opt.step, dict(opt.state), params["w"].tolist()) == (0, {}, [1, 1, 1])
     tensors = {"w": torch.ones(3)}

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
+import numpy as np
+
 from gradstep.arrays.library import OTHER, Library, Watch, owner, recognise
 from gradstep.arrays.memory import axis_order
 from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
@@ -77,11 +79,11 @@ class Accumulate(Optimizer):
                 f"{optimizer!r} accumulates already; multiply the numbers instead: "
                 f"Accumulate(…, every={optimizer.every} * {every!r})"
             )
-        if isinstance(every, bool) or not isinstance(every, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(every, bool) or not isinstance(every, (int, np.integer)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentTypeError(f"every must be an integer, the number of micro-batches in a step, got {every!r}")
         if every < 1:
             raise OutOfRangeError(f"every must be at least 1, got {every}")
-        self._inner, self._every, self._round = optimizer, every, Round()
+        self._inner, self._every, self._round = optimizer, int(every), Round()
         self._adders = Adder(), Adder()  # each keeps one plan: for the first call of a round, and for the others
         self._register()
 

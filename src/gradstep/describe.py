@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, cast
 
 from gradstep.errors import ArgumentTypeError
@@ -18,8 +19,11 @@ class Route(NamedTuple):
     names: list[str]
 
 
-def describe(named: Mapping[str, Any], routes: Sequence[Route]) -> str:
-    """One line for each parameter, in their order; those that no route names are frozen."""
+def describe(named: Mapping[str, Any], routes: Sequence[Route], frozen: Sequence[str]) -> str:
+    """One line for each parameter, in their order, and one for the globs that do nothing.
+
+    Those that no route names are frozen.
+    """
     used = [route for route in routes if route.names]
     scalars = list(dict.fromkeys(name for route in used for name in route.leaf.settings.scalars))
     several = ["optimizer"] if len(routes) > 1 else []
@@ -31,7 +35,18 @@ def describe(named: Mapping[str, Any], routes: Sequence[Route]) -> str:
             rows[name][-1:] = [title] if several else []
             rows[name] += [_spell(given[scalar]) if scalar in given else NOTHING for scalar in scalars]
             rows[name].append(" ".join(program.slots) or NOTHING)
-    return _aligned([["parameter", "shape", "dtype", *several, *scalars, "slots"], *rows.values()])
+    table = _aligned([["parameter", "shape", "dtype", *several, *scalars, "slots"], *rows.values()])
+    return "\n".join([table, *_idle(named, routes, frozen)])
+
+
+def _idle(named: Mapping[str, Any], routes: Sequence[Route], frozen: Sequence[str]) -> list[str]:
+    """A line that names the globs that no parameter takes anything from, if there are any: they may be misspelt."""
+    idle = [f"frozen {glob!r}" for glob in frozen if not any(fnmatchcase(name, glob) for name in named)]
+    for title, leaf, names in routes:
+        owner = f"{title}'s " if len(routes) > 1 else ""
+        for scalar, globs in leaf.settings.unused(names).items():
+            idle += [f"{owner}{scalar} {glob!r}" for glob in globs]
+    return [f"no parameter takes anything from: {', '.join(idle)}"] if idle else []
 
 
 def _form(name: str, array: Any) -> tuple[str, str]:

@@ -52,7 +52,7 @@ class LearningRate:
         """The rate at `step`; `NonFiniteScalarError` when it is NaN or infinite."""
         rate = self.current(step)
         if not math.isfinite(rate):
-            origin = f"the schedule {self.value!r} gave {rate}" if self.is_schedule else f"the rate is {rate}"
+            origin = f"the schedule {self.value!r} gave {rate}" if self.is_schedule else f"the value is {rate}"
             raise NonFiniteScalarError(f"at step {step} {origin}; expected a finite number")
         return rate
 

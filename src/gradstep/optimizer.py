@@ -191,7 +191,7 @@ class Optimizer(ABC):
         named = named_arrays(params, "params")
         routes = self._assign(thawed(named, self._frozen), remember=False)
         parts = zip(self._titles(), routes, strict=True)
-        return describe(named, [Route(title, leaf, names) for title, (leaf, names) in parts])
+        return describe(named, [Route(title, leaf, names) for title, (leaf, names) in parts], self._frozen)
 
     def memory(self, params: object) -> MemoryBill:
         """How many bytes of slots, float32 copies and scratch these parameters need; nothing is allocated.

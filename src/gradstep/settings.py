@@ -1,7 +1,7 @@
 """All hyperparameters of one optimizer, as given and as resolved for its steps, for all parameters or by name."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -83,6 +83,12 @@ class Settings:
             f"{self._owner}'s {name} has no value for params[{parameter!r}], which matches none of its patterns "
             f"{', '.join(map(repr, globs))}; end the mapping with '*', which matches the rest"
         )
+
+    def unused(self, parameters: Iterable[str]) -> dict[str, list[str]]:
+        """The globs that win for none of these parameters, by hyperparameter; one that takes the rest may have none."""
+        winners = set(map(self.group_of, parameters))
+        won = {name: {group[place] for group in winners} for place, name in enumerate(self.mapped)}
+        return {n: [g for g in self._choices[n] if g != "*" and g not in won[n]] for n in self.mapped}
 
     def of(self, group: Group) -> "Settings":
         """What holds for the parameters of a group."""

@@ -39,7 +39,8 @@ class Fixed(Generic[Value]):
 
     def __set__(self, instance: Holder, value: Value) -> NoReturn:
         raise ConfigurationError(
-            f"{self._name} is fixed when an optimizer is made, because its state is laid out by it; make a new one"
+            f"{self._name} is fixed when an optimizer is made, because its state is laid out and rounded by it; make a "
+            "new one, whose state begins anew"
         )
 
 

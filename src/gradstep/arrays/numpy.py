@@ -97,7 +97,7 @@ def numpy_dtype(name: str) -> Any:
         import ml_dtypes
     except ImportError:
         raise DtypeError(
-            'NumPy arrays of bfloat16 need the package ml_dtypes: pip install "gradstep[bfloat16]", or choose float16'
+            'NumPy arrays of bfloat16 need the package ml_dtypes: pip install "gradstep[bfloat16]"'
         ) from None
     return np.dtype(ml_dtypes.bfloat16)
 

@@ -150,9 +150,7 @@ class Access:
             return self._from_stored(stored, kept.dtype, lanes)
         # A parameter that somebody else has written no longer is what its copy rounds to; then it counts itself.
         master = self.read(master_of(place), index, lanes)
-        same = self.code.let(
-            f"icmp eq {vector('i16', lanes)} {narrow(self.code, kept.dtype, master, None, lanes)}, {stored}"
-        )
+        same = self.code.let(f"icmp eq {vector('i16', lanes)} {narrow(self.code, kept, master, None, lanes)}, {stored}")
         widened = widen(self.code, kept.dtype, stored, lanes)
         return self.code.let(
             f"select {vector('i1', lanes)} {same}, {vector('float', lanes)} {master}, "
@@ -168,7 +166,7 @@ class Access:
         if kept.master:
             self._write(master_of(place), index, value, lanes)
         noise = self._noise(place, index, lanes) if kept.stochastic else None
-        self._write(place, index, self._to_stored(value, kept.dtype, noise, lanes), lanes)
+        self._write(place, index, self._to_stored(value, kept, noise, lanes), lanes)
 
     def read(self, part: str, index: str, lanes: int) -> str:
         """An array's elements as they are stored."""
@@ -187,10 +185,10 @@ class Access:
             value, dtype = widen(self.code, dtype, value, lanes), "float32"
         return self._convert(value, dtype, self.dtype, lanes)
 
-    def _to_stored(self, value: str, dtype: str, noise: str | None, lanes: int) -> str:
-        if dtype in NARROW:
-            return narrow(self.code, dtype, self._convert(value, self.dtype, "float32", lanes), noise, lanes)
-        return self._convert(value, self.dtype, dtype, lanes)
+    def _to_stored(self, value: str, kept: Format, noise: str | None, lanes: int) -> str:
+        if kept.dtype in NARROW:
+            return narrow(self.code, kept, self._convert(value, self.dtype, "float32", lanes), noise, lanes)
+        return self._convert(value, self.dtype, kept.dtype, lanes)
 
     def _convert(self, value: str, source: str, target: str, lanes: int) -> str:
         if source == target:

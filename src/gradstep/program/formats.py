@@ -34,8 +34,8 @@ class Format:
             `QUANTUM` elements. A sign bit and c stand for (c / 127)**2 times the scale, with its sign. Where nothing
             is negative, c stands for ((c - 40) / 215)**2 from 48 on, and below for 7 / 8, 6 / 8, 5 / 8, 4 / 8 of what
             48 stands for, then half of these, and so on.
-        sign: for codes, which values they must be able to hold. Only "signed" ones become 0 below the smallest code:
-            what may be a mean of squares is divided by, and must not.
+        sign: which values the array takes. Codes of "signed" ones alone become 0 below the smallest: what may be a mean
+            of squares is divided by, and must not. For the same reason a "non-negative" one in float16 has a floor.
         stochastic: round up or down at random, so that the expected value is the exact one; else to nearest. Codes
             always are: a running mean that loses a tenth in a step, or a thousandth, would never reach the next one.
         master: keep a float32 copy beside it, which counts where it rounds to what is stored.

@@ -112,12 +112,19 @@ def widen(code: Code, dtype: str, bits: str, lanes: int) -> str:
     return _widen_float16(words, bits)
 
 
-def narrow(code: Code, dtype: str, value: str, noise: str | None, lanes: int) -> str:
-    """The 16 bits to which float32 numbers round: to nearest even, or at random with `noise`."""
+def narrow(code: Code, kept: Format, value: str, noise: str | None, lanes: int) -> str:
+    """The 16 bits to which float32 numbers round: to nearest even, or at random with `noise`.
+
+    In float16, what is never negative and not zero does not become zero.
+    """
     words = Words(code, lanes)
-    if dtype == "bfloat16":
+    if kept.dtype == "bfloat16":
         return words.cut(_round_bfloat16(words, value, noise), 16)
     rounded = value if noise is None else _round_float16_at_random(words, value, noise)
+    if kept.sign == "non-negative":
+        least = words.real(2.0**-24)
+        tiny = words.order("olt", rounded, least)
+        rounded = words.choose(tiny, words.choose(words.order("ogt", value, words.real(0.0)), least, rounded), rounded)
     if processor.converts_float16():
         half = code.let(f"fptrunc {words.floats} {rounded} to {vector('half', lanes)}")
         return code.let(f"bitcast {vector('half', lanes)} {half} to {vector('i16', lanes)}")

@@ -78,7 +78,7 @@ class Adafactor(RuleOptimizer):
     """
 
     slot_kinds = {"row": Kind.ROW, "col": Kind.COLUMN}  # noqa: RUF012
-    slot_signs = {"v": "non-negative", "m": "signed"}  # noqa: RUF012
+    slot_signs = {"row": "non-negative", "col": "non-negative", "v": "non-negative", "m": "signed"}  # noqa: RUF012
 
     learning_rate: OptionalScalar = optional_scalar(default=None, kw_only=False)
     eps: Pair = pair(default=(1e-30, 1e-3), symbols=("eps1", "eps2"), checks=(POSITIVE, NON_NEGATIVE))

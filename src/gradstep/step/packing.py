@@ -59,9 +59,11 @@ class Packing:
         if kept.coded:
             codes, scales = encode(on, kept, value, words, by_row=self._by_row)
             return {codes_of(place): codes, scales_of(place): scales}
-        if words is not None:
-            return {place: on.cast(round_at_random(on, value, kept.dtype, words), kept.dtype)}
-        return {place: on.cast(value, kept.dtype), **({master_of(place): value} if kept.master else {})}
+        rounded = value if words is None else round_at_random(on, value, kept.dtype, words)
+        if kept.dtype == "float16" and kept.sign == "non-negative":  # see `narrow`
+            least = on.real(2.0**-24)
+            rounded = on.call("where", rounded < least, on.call("where", value > 0, least, rounded), rounded)
+        return {place: on.cast(rounded, kept.dtype), **({master_of(place): value} if kept.master else {})}
 
 
 def rounded_places(formats: Mapping[str, Format]) -> list[str]:

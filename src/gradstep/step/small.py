@@ -80,6 +80,8 @@ def narrowed(value: Array, kept: Format, key: tuple[int, int, int] | None) -> Ar
             words = noise(NUMPY_WORDS, [np.uint32(word) for word in key], value.shape)
             exact = round_at_random(NUMPY_WORDS, exact, kept.dtype, words)
         if kept.dtype == "float16":
+            least = np.float32(2.0**-24 if kept.sign == "non-negative" else 0)  # see `narrow`
+            exact = np.where((exact < least) & (value > 0), least, exact)
             return exact.astype(np.float16).view(np.uint16)
     bits = exact.view(np.uint32)
     rounded = (bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, cast
 
+import numpy as np
+
 from gradstep.errors import ArgumentTypeError, ConfigurationError, DtypeError, RuleError
 from gradstep.program.formats import (
     NARROW,
@@ -129,17 +131,19 @@ def _slot_dtypes(owner: str, slots: Mapping[str, Kind], given: object) -> dict[s
     unknown = [slot for slot in wanted if slot not in slots]
     if unknown:
         raise ConfigurationError(
-            f"{owner}'s slot_dtype names {_quoted(unknown)}; its slots are {_quoted(slots) or 'none'}"
+            f"{owner}'s slot_dtype names {_quoted(unknown)}; its slots are {_quoted(slots) or 'none'}, and those left "
+            "out have the dtype of the computation"
         )
     for slot, dtype in wanted.items():
         if dtype not in SLOT_DTYPES:
-            raise DtypeError(f"{owner}'s slot_dtype for {slot!r} must be one of {_quoted(SLOT_DTYPES)}, got {dtype!r}")
+            where = "" if isinstance(given, str) else f" for {slot!r}"
+            raise DtypeError(f"{owner}'s slot_dtype{where} must be one of {_quoted(SLOT_DTYPES)}, got {dtype!r}")
     small = [slot for slot, dtype in wanted.items() if dtype == "int8" and slots[slot] is not Kind.FULL]
     if small:
         able = {slot: "int8" for slot, kind in slots.items() if kind is Kind.FULL}
         raise ConfigurationError(
-            f"{owner}'s {' and '.join(map(repr, small))} cannot be int8: they are means of rows or columns, small "
-            f"already, and divide every element; slots that can: slot_dtype={able!r}"
+            f"{owner}'s {' and '.join(map(repr, small))} cannot be int8: means of rows and columns are small already, "
+            f"and every element is divided by them; slots that can, where there are any: slot_dtype={able!r}"
         )
     return cast("dict[str, str]", wanted)
 
@@ -150,7 +154,7 @@ def _check_rest(owner: str, options: StorageOptions) -> None:
         raise ConfigurationError(f"{owner}'s rounding must be one of {_quoted(ROUNDINGS)}, got {rounding!r}")
     if not isinstance(masters, bool):
         raise ConfigurationError(f"{owner}'s master_weights must be True or False, got {masters!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MASK:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= int(cast("int", seed)) <= MASK:
         raise ConfigurationError(f"{owner}'s seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
 
 
