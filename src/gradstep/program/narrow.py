@@ -63,6 +63,10 @@ class Words:
         """Integers of fewer bits as words."""
         return self.code.let(f"zext {vector(f'i{width}', self.lanes)} {x} to {self.words}")
 
+    def upper(self, x: str) -> str:
+        """The upper halves of words."""
+        return self.cut(self.do("lshr", x, 16), 16)
+
     def cut(self, x: str, width: int) -> str:
         """The low bits of words."""
         return self.code.let(f"trunc {self.words} {x} to {vector(f'i{width}', self.lanes)}")
@@ -119,7 +123,7 @@ def narrow(code: Code, kept: Format, value: str, noise: str | None, lanes: int) 
     """
     words = Words(code, lanes)
     if kept.dtype == "bfloat16":
-        return words.cut(_round_bfloat16(words, value, noise), 16)
+        return words.upper(_round_bfloat16(words, value, noise))
     rounded = value if noise is None else _round_float16_at_random(words, value, noise)
     if kept.sign == "non-negative":
         least = words.real(2.0**-24)
@@ -132,12 +136,12 @@ def narrow(code: Code, kept: Format, value: str, noise: str | None, lanes: int) 
 
 
 def _round_bfloat16(words: Words, value: str, noise: str | None) -> str:
-    bits = words.bits(value)
-    high = words.do("lshr", bits, 16)
-    addend = words.do("and", high, 1) if noise is None else words.do("lshr", noise, 16)
-    addend = words.do("add", addend, 0x7FFF) if noise is None else addend
-    rounded = words.do("lshr", words.do("add", bits, addend), 16)
-    return words.select(words.order("uno", value, value), words.do("or", high, 0x40), rounded)
+    """The bits of bfloat16 in the upper half of words."""
+    bits = words.select(words.order("uno", value, value), 0x7FC00000, words.bits(value))
+    if noise is not None:
+        return words.do("add", bits, words.do("lshr", noise, 16))
+    odd = words.compare("ne", words.do("and", bits, 0x10000), 0)
+    return words.do("add", bits, words.select(odd, 0x8000, 0x7FFF))
 
 
 # float16 in integer arithmetic, for processors that have no instructions for it.
