@@ -84,7 +84,9 @@ def main() -> None:
     for name, make in {"bfloat16": bfloat16, "8-bit": eight_bit}.items():
         if name in options.only:
             sides = make(elements)
-            for side, milliseconds in zip(sides, machine.medians(list(sides.values()), options.rounds), strict=True):
+            for side, milliseconds in zip(
+                sides, machine.medians(list(sides.values()), options.rounds, warm=2), strict=True
+            ):
                 print(f"{side:40}{milliseconds:10.2f} ms", flush=True)
             print()
 

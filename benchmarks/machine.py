@@ -29,17 +29,20 @@ def _cpuinfo() -> list[str]:
 
 
 def medians(
-    sides: Sequence[Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
+    sides: Sequence[Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None, warm: int = 0
 ) -> list[float]:
     """The median time of each side in milliseconds; they take turns, and the first rounds are not counted.
 
-    Before each turn there is a rest, so that no side's threads still spin, waiting for work, in the other's time.
+    Before each turn there is a rest, so that no side's threads still spin, waiting for work, in the other's time, and
+    then `warm` steps that are not counted: on a virtual machine a processor that has slept takes milliseconds to wake.
     """
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds + 3):
         before()
         for side, kept in zip(sides, times, strict=True):
             time.sleep(REST)
+            for _ in range(warm):
+                side()
             start = time.perf_counter()
             side()
             kept.append(time.perf_counter() - start)

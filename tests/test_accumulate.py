@@ -345,7 +345,7 @@ def bad_calls(make: Make) -> dict[str, tuple[type[Exception], str, Callable[[Any
         "integers": (gs.DtypeError, r"grads\['w'\]", lambda p, g: g.update(w=make(np.ones(2, np.int32)))),
         "a parameter of another shape": (
             gs.ShapeError,
-            r"sums\['w'\] has shape \(2,\), but params\['w'\] now has \(3,\); opt.init\(params\) begins anew",
+            r"sums\['w'\] has shape \(2,\), but params\['w'\] now has \(3,\); opt\.discard\(\) drops the sums of this round",
             lambda p, g: (p.update(w=make(vector(1, 2, 3))), g.update(w=make(vector(1, 2, 3)))),
         ),
     }
@@ -761,3 +761,19 @@ def test_narrow_gradients_are_summed_in_float32(options):
     assert accumulated["w"].tobytes() == plain["w"].tobytes() != start.tobytes()
     for name, array in once.state["w"].items():
         assert opt.state["w"][name].tobytes() == array.tobytes(), name
+
+
+def test_a_round_can_be_dropped():
+    params = {"w": np.zeros(2, np.float32)}
+    opt = gs.Accumulate(gs.Adam(0.1), every=2)
+    for g in (1, 1, 9):
+        opt.apply_gradients({"w": np.full(2, g, np.float32)}, params)
+    assert opt.micro_step == 1
+    opt.discard()
+    assert (opt.micro_step, dict(opt.sums), opt.step) == (0, {}, 1)
+    for _ in range(2):
+        opt.apply_gradients({"w": np.ones(2, np.float32)}, params)
+    plain, other = gs.Adam(0.1), {"w": np.zeros(2, np.float32)}
+    for _ in range(2):
+        plain.apply_gradients({"w": np.ones(2, np.float32)}, other)
+    assert params["w"].tolist() == other["w"].tolist()

@@ -90,6 +90,7 @@ def test_the_bill_of_several_optimizers_is_their_sum_and_frozen_parameters_cost_
     opt = gs.MultiOptimizer([gs.Adam(0.1), gs.SGD(0.1, momentum=0.9)], ["a"], frozen=["c"])
     assert opt.memory(params) == gs.MemoryBill(slots=3 * 4000)
     assert gs.SGD({"a": 0.1, "*": 0.2}, momentum={"a": 0, "*": 0.9}).memory(params).slots == 4036
+    assert str(gs.SGD(0.1).memory(params)) == "total 0 bytes"
     assert str(opt.memory(params)) == "slots 12,000 bytes, total 12,000 bytes"
 
 

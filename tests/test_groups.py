@@ -522,3 +522,28 @@ def test_mlxs_manner_knows_no_names() -> None:
     with pytest.raises(gs.ArgumentTypeError, match="learning rate must be a number"):
         opt.learning_rate = {"*": 0.1}
     assert opt.betas == (0.9, 0.99)
+
+
+def test_a_method_under_two_globs_is_called_once_per_step():
+    class Plan:
+        def __init__(self) -> None:
+            self.calls: list[int] = []
+
+        def rate(self, step: int) -> float:
+            self.calls.append(step)
+            return 0.1
+
+    plan = Plan()
+    opt = gs.SGD({"a": plan.rate, "*": plan.rate})
+    for _ in range(2):
+        opt.apply_gradients({n: np.ones(2) for n in "ab"}, {n: np.ones(2) for n in "ab"})
+    assert plan.calls == [0, 1]
+
+
+def test_init_refuses_options_of_children_before_it_allocates():
+    child = gs.SGD(0.1, momentum=0.9)
+    opt = gs.MultiOptimizer([child])
+    child.frozen = ["a"]
+    with pytest.raises(gs.ConfigurationError, match="outermost"):
+        opt.init({"a": np.ones(2)})
+    assert not opt.state

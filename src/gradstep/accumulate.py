@@ -15,6 +15,7 @@ from gradstep.options import thawed
 from gradstep.report import Rate, Report
 from gradstep.rules.base import RuleOptimizer
 from gradstep.step.bill import MemoryBill, size_of_sums
+from gradstep.step.forms import describe_floats
 from gradstep.step.functional import FormWatch, refuse_tracing
 from gradstep.step.intake import Intake, check_sum, sum_dtype
 from gradstep.step.leaf import Leaf
@@ -186,10 +187,28 @@ class Accumulate(Optimizer):
             there = None if spare is None else library.describe(spare, f"sums[{name!r}]")
             fits = there is not None and (there.shape, there.dtype) == wanted and axis_order(there) == order
             return spare if fits else library.zeros(wanted[0], order, wanted[1])
-        form = library.describe(parameter, f"params[{name!r}]")
+        form = describe_floats(library, parameter, f"params[{name!r}]")
         form = form._replace(dtype=sum_dtype(form.dtype))
         fits = spare is not None and library.describe(spare, f"sums[{name!r}]") == form
         return spare if fits else library.zeros(form)
+
+    def discard(self) -> None:
+        """Drop the micro-batches of this round: the next call begins a new one. Nothing else changes.
+
+        Example:
+            >>> import gradstep as gs, numpy as np
+            >>> opt = gs.Accumulate(gs.SGD(0.5), every=2)
+            >>> _ = opt.apply_gradients({"w": np.ones(2, np.float32)}, {"w": np.zeros(2, np.float32)})
+            >>> opt.discard()
+            >>> opt.micro_step
+            0
+        """
+        self._exclusively(self._discard)
+
+    def _discard(self) -> None:
+        with InterruptsHeld():
+            self._round.forget()
+            self._seen = None
 
     def memory(self, params: object) -> MemoryBill:
         """What the wrapped optimizer needs, and the sums; see `Optimizer.memory`."""

@@ -144,6 +144,7 @@ class Optimizer(ABC):
         self._exclusively(lambda: self._init(params))
 
     def _init(self, params: object) -> None:
+        self._check_options()
         everything = named_arrays(params, "params")
         named = thawed(everything, self._frozen)
         library = recognise(params=named)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
+from types import MethodType
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
@@ -226,12 +227,20 @@ def _choices(field: Field, label: str, mapping: Mapping[object, object]) -> dict
     if not mapping:
         raise ArgumentTypeError(f"{label} is an empty mapping, which gives no parameter a number; write {{'*': …}}")
     choices: dict[str, Choice] = {}
-    known: dict[tuple[str, int], Cell] = {}
+    known: dict[tuple[object, ...], Cell] = {}
     for glob, value in mapping.items():
         if not isinstance(glob, str):
             raise ArgumentTypeError(f"{label} maps names of parameters, globs such as '*.bias', got the key {glob!r}")
         given, cells = _choice(field, f"{label}[{glob!r}]", value)
         # One schedule under several globs is one scalar: it is called for all of them.
-        shared = [known.setdefault((c.symbol, id(c.source.value)), c) if c.source.is_schedule else c for c in cells]
+        shared = [known.setdefault((c.symbol, *_identity(c)), c) if c.source.is_schedule else c for c in cells]
         choices[glob] = Choice(given, shared)
     return choices
+
+
+def _identity(cell: Cell) -> tuple[int, ...]:
+    """What tells schedules apart; a method is another object whenever it is asked for."""
+    schedule = cell.source.value
+    if isinstance(schedule, MethodType):
+        return id(schedule.__self__), id(schedule.__func__)
+    return (id(schedule),)

@@ -13,7 +13,22 @@ from gradstep.rules.base import RuleOptimizer
 from gradstep.step.storage import check_signs
 
 NOTHING_KNOWN: Mapping[str, Sign] = MappingProxyType({})
-RESERVED = frozenset({"t", "w", "g", "rule", "grad_scale", "optimizers", *dir(RuleOptimizer)})
+RESERVED = frozenset(
+    {
+        "t",
+        "w",
+        "g",
+        "rule",
+        "grad_scale",
+        "optimizers",
+        "optimizer",
+        "every",
+        "micro_step",
+        "sums",
+        "discard",
+        *dir(RuleOptimizer),
+    }
+)
 
 
 class CustomOptimizer(RuleOptimizer):
@@ -57,7 +72,8 @@ def rule(
         static: names of hyperparameters that are configuration even though they are numbers.
         signs: which values slots take, "signed", "non-negative" or "unknown" (the default): used only by those who
             keep them in 8 bits. A slot that never is negative, such as a mean of squares, has codes for many more
-            magnitudes when that is known; for "signed", values far below the largest of their block become 0.
+            magnitudes when that is known, and loses the sign of a value that is negative after all; for "signed",
+            values far below the largest of their block become 0.
 
     Raises:
         RuleError: the signature or the body cannot become a program; the body is looked at when the
@@ -77,6 +93,10 @@ def rule(
         raise RuleError(f'static must be a list of names, got the text {static!r}: write static=["{static}"]')
     if function is not None and not inspect.isfunction(function):
         raise RuleError(f"@gs.rule takes a function that was written with def, got {function!r}")
+    if not isinstance(signs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RuleError(
+            f'signs must be a mapping from slot to sign, got {signs!r}: write signs={{"v": "non-negative"}}'
+        )
     make = partial(_make, static=frozenset(static), signs=dict(signs))
     return make if function is None else make(function)
 

@@ -47,7 +47,7 @@ class MemoryBill:
 
     def __str__(self) -> str:
         parts = {**asdict(self), "total": self.total}
-        return ", ".join(f"{name} {size:,} bytes" for name, size in parts.items() if size)
+        return ", ".join(f"{name} {size:,} bytes" for name, size in parts.items() if size or name == "total")
 
 
 def bill(named: Mapping[str, Any], routes: Sequence[tuple[Leaf, list[str]]], *, inspected: bool) -> MemoryBill:

@@ -8,7 +8,7 @@ from gradstep.errors import ArgumentTypeError, DtypeError, ShapeError
 from gradstep.program.formats import compute_dtype
 from gradstep.program.graph import Reading
 
-REMEDY = "opt.init(params) begins anew"
+REMEDY = "opt.discard() drops the sums of this round"
 
 
 class Intake:
