@@ -345,7 +345,8 @@ def bad_calls(make: Make) -> dict[str, tuple[type[Exception], str, Callable[[Any
         "integers": (gs.DtypeError, r"grads\['w'\]", lambda p, g: g.update(w=make(np.ones(2, np.int32)))),
         "a parameter of another shape": (
             gs.ShapeError,
-            r"sums\['w'\] has shape \(2,\), but params\['w'\] now has \(3,\); opt\.discard\(\) drops the sums of this round",
+            r"sums\['w'\] has shape \(2,\), but params\['w'\] "
+            r"now has \(3,\); opt\.discard\(\) drops the sums of this round",
             lambda p, g: (p.update(w=make(vector(1, 2, 3))), g.update(w=make(vector(1, 2, 3)))),
         ),
     }
