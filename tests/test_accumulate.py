@@ -778,3 +778,12 @@ def test_a_round_can_be_dropped():
     for _ in range(2):
         plain.apply_gradients({"w": np.ones(2, np.float32)}, other)
     assert params["w"].tolist() == other["w"].tolist()
+
+
+def test_a_parameter_frozen_in_a_round_may_be_left_out():
+    params = {n: np.ones(2, np.float32) for n in "ab"}
+    opt = gs.Accumulate(gs.SGD(1.0), every=2)
+    opt.apply_gradients({n: np.ones(2, np.float32) for n in "ab"}, params)
+    opt.frozen = ["b"]
+    opt.apply_gradients({"a": np.ones(2, np.float32)}, {"a": params["a"]})
+    assert (params["a"].tolist(), params["b"].tolist(), opt.step) == ([0, 0], [1, 1], 1)

@@ -14,7 +14,7 @@ from gradstep.optimizer import Optimizer, checked_scale, pick
 from gradstep.options import thawed
 from gradstep.report import Rate, Report
 from gradstep.rules.base import RuleOptimizer
-from gradstep.step.bill import MemoryBill, size_of_sums
+from gradstep.step.bill import MemoryBill, sums_bill
 from gradstep.step.forms import describe_floats
 from gradstep.step.functional import FormWatch, refuse_tracing
 from gradstep.step.intake import Intake, check_sum, sum_dtype
@@ -155,7 +155,7 @@ class Accumulate(Optimizer):
 
     def _finish(self, wanted: Mapping[str, Any], params: object, scale: float) -> None:
         """Take the step with the sums and the last micro-batch."""
-        sums = self._round.sums
+        sums = thawed(self._round.sums, self._inner.frozen)
         lacking = frozenset(sums.keys() - wanted.keys())
         intake = Intake(scaled=True, sums=sums, lacking=lacking, done=self._round.close)
         stand_ins = {name: array for name, array in sums.items() if name in lacking}
@@ -216,7 +216,9 @@ class Accumulate(Optimizer):
         if self._every == 1:
             return own
         named = thawed(named_arrays(params, "params"), self._inner.frozen)
-        return own + MemoryBill(sums=size_of_sums(named))
+        return own + self._exclusively(
+            lambda: sums_bill(named, self._inner._assign(named, remember=False), self._every)
+        )
 
     def init(self, params: object) -> None:
         """Begin anew: zero slots for every parameter, `steps` at 0, and no sums. `step` and schedules stay.

@@ -7,7 +7,7 @@ from operator import add
 from typing import Any
 
 from gradstep.arrays.library import MemoryLibrary, recognise
-from gradstep.arrays.memory import element_strides, strides_in_order
+from gradstep.arrays.memory import axis_order, element_strides, strides_in_order
 from gradstep.program.blocks import BLOCK
 from gradstep.program.formats import BYTES, Format, compute_dtype, master_of
 from gradstep.program.newton_schulz import workspace_shapes
@@ -101,8 +101,29 @@ def _statistics(program: Program, shape: Sequence[int], itemsize: int) -> int:
     return 8 * sum(map(math.prod, sums)) + itemsize * values
 
 
-def size_of_sums(named: Mapping[str, Any]) -> int:
-    """The bytes of the sums of micro-batches for these parameters."""
+def sums_bill(named: Mapping[str, Any], routes: Sequence[tuple[Leaf, list[str]]], every: int) -> MemoryBill:
+    """What the micro-batches of a round cost: their sums, and copies of what kernels cannot walk."""
     library = recognise(params=named)
-    described = (library.describe(parameter, f"params[{name!r}]") for name, parameter in named.items())
-    return sum(math.prod(each.shape) * BYTES[sum_dtype(each.dtype)] for each in described)
+    total = MemoryBill()
+    for leaf, names in routes:
+        for name in names:
+            if library.in_place is True:
+                total += _sum_in_memory(library, leaf, name, named[name], every)
+            else:
+                form = describe_floats(library, named[name], f"params[{name!r}]")
+                total += MemoryBill(sums=math.prod(form.shape) * BYTES[sum_dtype(form.dtype)])
+    return total
+
+
+def _sum_in_memory(library: MemoryLibrary, leaf: Leaf, name: str, parameter: Any, every: int) -> MemoryBill:
+    """A sum is dense in the order of its parameter; the step may walk otherwise, and a gradient may not be dense."""
+    memory = check_parameter(library, name, parameter)
+    program = leaf.program(name, len(memory.shape))
+    formats = leaf.storage.formats(program.slots, memory.dtype, memory.dtype)
+    size = memory.size * BYTES[sum_dtype(memory.dtype)]
+    own = strides_in_order(memory.shape, axis_order(memory))
+    copied = own != strides_in_order(memory.shape, walking_order(memory, program, formats))
+    scratch = size if copied else 0
+    if element_strides(memory) != own:
+        scratch += memory.size * memory.itemsize * min(every - 1, 2)  # the first call's, and that of the others
+    return MemoryBill(scratch=scratch, sums=size)
