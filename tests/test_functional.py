@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,19 +19,10 @@ import pytest
 import torch
 
 import gradstep as gs
+from everywhere import double_precision  # noqa: F401
 from families import MATRIX_FAMILIES, assert_same_bits, configurations
 
 SHAPES = {"scalar": (), "empty": (0,), "vector": (7,), "wide": (12, 33), "tall": (33, 12), "deep": (3, 4, 5)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double_precision() -> Iterator[None]:
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)  # MLX has float64 there only
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-    mx.set_default_device(device)
 
 
 def on_jax(array: Any) -> Any:

@@ -12,12 +12,13 @@ from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeErr
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Optimizer, checked_scale, pick
 from gradstep.options import thawed
+from gradstep.program.formats import compute_dtype
 from gradstep.report import Rate, Report
 from gradstep.rules.base import RuleOptimizer
 from gradstep.step.bill import MemoryBill, sums_bill
 from gradstep.step.forms import describe_floats
 from gradstep.step.functional import FormWatch, refuse_tracing
-from gradstep.step.intake import Intake, check_sum, sum_dtype
+from gradstep.step.intake import Intake, check_sum
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter
 from gradstep.step.outcome import Outcome
@@ -183,12 +184,12 @@ class Accumulate(Optimizer):
         spare = spare if owner(spare) is library else None
         if library.in_place is True:
             memory = check_parameter(library, name, parameter)
-            wanted, order = (memory.shape, sum_dtype(memory.dtype)), axis_order(memory)
+            wanted, order = (memory.shape, compute_dtype(memory.dtype)), axis_order(memory)
             there = None if spare is None else library.describe(spare, f"sums[{name!r}]")
             fits = there is not None and (there.shape, there.dtype) == wanted and axis_order(there) == order
             return spare if fits else library.zeros(wanted[0], order, wanted[1])
         form = describe_floats(library, parameter, f"params[{name!r}]")
-        form = form._replace(dtype=sum_dtype(form.dtype))
+        form = form._replace(dtype=compute_dtype(form.dtype))
         fits = spare is not None and library.describe(spare, f"sums[{name!r}]") == form
         return spare if fits else library.zeros(form)
 

@@ -76,6 +76,15 @@ def round_at_random(on: WordOperations, x: Any, dtype: str, words: Any) -> Any:
     return on.call("where", x == x, rounded, x)
 
 
+def round_narrow(on: WordOperations, kept: Format, x: Any, words: Any | None) -> Any:
+    """Float32 numbers before they are cut to 16 bits: at random with `words`, and with the floor of `narrow`."""
+    rounded = x if words is None else round_at_random(on, x, kept.dtype, words)
+    if kept.dtype != "float16" or kept.sign != "non-negative":
+        return rounded
+    least = on.real(2.0**-24)
+    return on.call("where", rounded < least, on.call("where", x > on.real(0.0), least, rounded), rounded)
+
+
 def encode(on: WordOperations, kept: Format, values: Any, words: Any, *, by_row: bool) -> tuple[Any, Any]:
     """The codes of float32 numbers and the scales of their blocks: see `narrow.encode`."""
     w, real = on.word, on.real

@@ -13,7 +13,6 @@ from gradstep.program.formats import BYTES, Format, compute_dtype, master_of
 from gradstep.program.newton_schulz import workspace_shapes
 from gradstep.program.program import Program, small_inputs
 from gradstep.step.forms import describe_floats
-from gradstep.step.intake import sum_dtype
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter, walking_order
 from gradstep.step.sizes import count_blocks, matrix_shape, small_shape, sums_shape
@@ -111,7 +110,7 @@ def sums_bill(named: Mapping[str, Any], routes: Sequence[tuple[Leaf, list[str]]]
                 total += _sum_in_memory(library, leaf, name, named[name], every)
             else:
                 form = describe_floats(library, named[name], f"params[{name!r}]")
-                total += MemoryBill(sums=math.prod(form.shape) * BYTES[sum_dtype(form.dtype)])
+                total += MemoryBill(sums=math.prod(form.shape) * BYTES[compute_dtype(form.dtype)])
     return total
 
 
@@ -120,7 +119,7 @@ def _sum_in_memory(library: MemoryLibrary, leaf: Leaf, name: str, parameter: Any
     memory = check_parameter(library, name, parameter)
     program = leaf.program(name, len(memory.shape))
     formats = leaf.storage.formats(program.slots, memory.dtype, memory.dtype)
-    size = memory.size * BYTES[sum_dtype(memory.dtype)]
+    size = memory.size * BYTES[compute_dtype(memory.dtype)]
     own = strides_in_order(memory.shape, axis_order(memory))
     copied = own != strides_in_order(memory.shape, walking_order(memory, program, formats))
     scratch = size if copied else 0

@@ -72,10 +72,5 @@ def check_sum(library: Library, name: str, total: Any, parameter: Any) -> None:
     found, wanted = library.describe(total, what), library.describe(parameter, f"params[{name!r}]")
     if found.shape != wanted.shape:
         raise ShapeError(f"{what} has shape {found.shape}, but params[{name!r}] now has {wanted.shape}; {REMEDY}")
-    if found.dtype != sum_dtype(wanted.dtype):
+    if found.dtype != compute_dtype(wanted.dtype):
         raise DtypeError(f"{what} has dtype {found.dtype}, but params[{name!r}] now has {wanted.dtype}; {REMEDY}")
-
-
-def sum_dtype(dtype: str) -> str:
-    """In what gradients of a parameter are summed."""
-    return compute_dtype(dtype)

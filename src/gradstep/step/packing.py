@@ -9,7 +9,7 @@ from gradstep.arrays.library import FunctionalLibrary
 from gradstep.program.formats import Format, codes_of, master_of, scales_of
 from gradstep.program.noise import tensor_key
 from gradstep.program.program import Program
-from gradstep.program.rounding import decode, encode, key_words, noise, round_at_random
+from gradstep.program.rounding import decode, encode, key_words, noise, round_narrow
 
 
 class Packing:
@@ -59,10 +59,7 @@ class Packing:
         if kept.coded:
             codes, scales = encode(on, kept, value, words, by_row=self._by_row)
             return {codes_of(place): codes, scales_of(place): scales}
-        rounded = value if words is None else round_at_random(on, value, kept.dtype, words)
-        if kept.dtype == "float16" and kept.sign == "non-negative":  # see `narrow`
-            least = on.real(2.0**-24)
-            rounded = on.call("where", rounded < least, on.call("where", value > 0, least, rounded), rounded)
+        rounded = round_narrow(on, kept, value, words)
         return {place: on.cast(rounded, kept.dtype), **({master_of(place): value} if kept.master else {})}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from gradstep.program.blocks import exact_sum
 from gradstep.program.formats import NARROW, Format
 from gradstep.program.graph import Kind, Symbol
-from gradstep.program.rounding import noise, round_at_random
+from gradstep.program.rounding import noise, round_narrow
 
 Array = np.ndarray[Any, Any]
 
@@ -75,13 +75,9 @@ def narrowed(value: Array, kept: Format, key: tuple[int, int, int] | None) -> Ar
     if kept.dtype not in NARROW:
         return value
     with np.errstate(all="ignore"):
-        exact = value.astype(np.float32)
-        if key is not None:
-            words = noise(NUMPY_WORDS, [np.uint32(word) for word in key], value.shape)
-            exact = round_at_random(NUMPY_WORDS, exact, kept.dtype, words)
+        words = None if key is None else noise(NUMPY_WORDS, [np.uint32(word) for word in key], value.shape)
+        exact: Array = round_narrow(NUMPY_WORDS, kept, value.astype(np.float32), words)
         if kept.dtype == "float16":
-            least = np.float32(2.0**-24 if kept.sign == "non-negative" else 0)  # see `narrow`
-            exact = np.where((exact < least) & (value > 0), least, exact)
             return exact.astype(np.float16).view(np.uint16)
     bits = exact.view(np.uint32)
     rounded = (bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16
