@@ -1,15 +1,19 @@
 """The optimizer step, done right: fused, all-or-nothing, state by name, on arrays of NumPy, PyTorch, JAX and MLX."""
 
 from gradstep.accumulate import Accumulate
+from gradstep.checkpoint.checkpoint_file import latest, load
+from gradstep.checkpoint.differences import Difference
 from gradstep.clip import clip_grad_norm
 from gradstep.errors import (
     AliasedParametersError,
     ArgumentTypeError,
+    CheckpointError,
     ConfigurationError,
     DeviceError,
     DtypeError,
     DuplicateNameError,
     GradstepError,
+    MismatchError,
     NonFiniteGradientError,
     NonFiniteScalarError,
     OutOfRangeError,
@@ -53,14 +57,17 @@ __all__ = [
     "Adamax",
     "AliasedParametersError",
     "ArgumentTypeError",
+    "CheckpointError",
     "ConfigurationError",
     "DeviceError",
+    "Difference",
     "DtypeError",
     "DuplicateNameError",
     "GradstepError",
     "LearningRate",
     "Lion",
     "MemoryBill",
+    "MismatchError",
     "MultiOptimizer",
     "Muon",
     "NonFiniteGradientError",
@@ -81,7 +88,9 @@ __all__ = [
     "explain",
     "exponential_decay",
     "join_schedules",
+    "latest",
     "linear_schedule",
+    "load",
     "log",
     "maximum",
     "mean",

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradstep.arrays.library import OTHER, Library, Watch, owner, recognise
 from gradstep.arrays.memory import axis_order
+from gradstep.arrays.stored import Stored
 from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Optimizer, checked_scale, pick
@@ -18,7 +19,7 @@ from gradstep.rules.base import RuleOptimizer
 from gradstep.step.bill import MemoryBill, sums_bill
 from gradstep.step.forms import describe_floats
 from gradstep.step.functional import FormWatch, refuse_tracing
-from gradstep.step.intake import Intake, check_sum
+from gradstep.step.intake import Intake, check_stored_sum, check_sum
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter
 from gradstep.step.outcome import Outcome
@@ -107,7 +108,10 @@ class Accumulate(Optimizer):
     @property
     def sums(self) -> Mapping[str, Any]:
         """The live sums of this round by parameter name, a read-only mapping; empty after a step."""
-        return MappingProxyType(self._round.sums)
+        sums = self._round.sums
+        if any(isinstance(total, Stored) for total in sums.values()):
+            sums = {n: total.shown() if isinstance(total, Stored) else total for n, total in sums.items()}
+        return MappingProxyType(sums)
 
     def apply_gradients(self, grads: object, params: Params, *, grad_scale: float = 1.0) -> Params:
         """Add a micro-batch to the sums or, every `every` calls, take the step; wholly or, on any error, not at all.
@@ -132,6 +136,8 @@ class Accumulate(Optimizer):
 
     def _scaled_step(self, grads: object, params: object, scale: float) -> None:
         self._check_options()
+        if any(isinstance(total, Stored) for total in self._round.sums.values()):
+            self._land(named_arrays(params, "params"))
         if self._every == 1:
             self._inner._scaled_step(grads, params, scale)
         elif self._round.count < self._every - 1:
@@ -205,6 +211,27 @@ class Accumulate(Optimizer):
             0
         """
         self._exclusively(self._discard)
+
+    def _resume(self, count: int, sums: Mapping[str, Any]) -> None:
+        """Go on with a round that has been loaded."""
+        self._discard()
+        self._round.count = count
+        self._round.sums.update(sums)
+
+    def _land(self, named: Mapping[str, Any]) -> None:
+        """Give sums that have been loaded to the array library of their parameters."""
+        landing = {n: total for n, total in self._round.sums.items() if isinstance(total, Stored) and n in named}
+        if not landing:
+            return
+        library = recognise(params={name: named[name] for name in landing})
+        for name, total in landing.items():
+            check_stored_sum(library, name, total, named[name])
+            if library.in_place is True:
+                order = axis_order(check_parameter(library, name, named[name]))
+                self._round.sums[name] = total.in_memory(library, order)
+            else:
+                form = describe_floats(library, named[name], f"params[{name!r}]")
+                self._round.sums[name] = total.in_place_of(library, form._replace(dtype=total.dtype))
 
     def _discard(self) -> None:
         with InterruptsHeld():

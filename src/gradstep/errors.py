@@ -1,5 +1,8 @@
 """Every error that gradstep raises: one base, and the built-in exception that fits each case."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class GradstepError(Exception):
     """The base of all errors raised by gradstep."""
@@ -33,6 +36,25 @@ class DeviceError(GradstepError, ValueError):
     """An array lies on a device that this executor cannot reach."""
 
 
+class CheckpointError(GradstepError, ValueError):
+    """A file or a state dict is no checkpoint, is damaged, or has a format that this version does not know."""
+
+
+class MismatchError(GradstepError, ValueError):
+    """A checkpoint does not fit the optimizer or the parameters.
+
+    Attributes:
+        differences: everything that is missing, unexpected or different, as `Difference`s.
+    """
+
+    def __init__(self, message: str, differences: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.differences = list(differences)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.differences)
+
+
 class UnknownParameterError(GradstepError, KeyError):
     """A gradient or a setting names a parameter that does not exist."""
 
@@ -62,3 +84,9 @@ class RuleError(GradstepError, TypeError):
 
 class TracingError(GradstepError, RuntimeError):
     """A step was taken on arrays that have no values yet, inside a transformation of the array library."""
+
+
+def listing(names: Sequence[str]) -> str:
+    """Names as an error lists them."""
+    shown = ", ".join(map(repr, names[:8]))
+    return (shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"

@@ -48,6 +48,14 @@ NON_POSITIVE = Check("<= 0", _non_positive)
 DECAY = Check("in [0, 1)", _decay)
 
 
+class Moment(NamedTuple):
+    """What a schedule gave: its value for the step `stamp`, and the one that a coming step has waiting, if any."""
+
+    stamp: int
+    value: float
+    pending: tuple[int, float] | None
+
+
 class Cell:
     """One scalar of one optimizer: fixed, or a schedule with the value of the step that it was last resolved for.
 
@@ -92,6 +100,18 @@ class Cell:
         """Make the pending value the current one."""
         if self._pending is not None:
             (self._stamp, self._value), self._pending = self._pending, None
+
+    @property
+    def moment(self) -> Moment:
+        """What the schedule gave last, and what waits for the coming step."""
+        return Moment(self._stamp, self._value, self._pending)
+
+    @moment.setter
+    def moment(self, moment: Moment) -> None:
+        for value in (moment.value, *([moment.pending[1]] if moment.pending else ())):
+            if not (math.isfinite(value) and self.check.holds(value)):
+                raise OutOfRangeError(f"{self.label} must be {self.check.text}, got {value!r}")
+        self._stamp, self._value, self._pending = moment
 
     def check_rounded(self, step: int, dtype: str) -> None:
         """Repeat the check on the value as the compute dtype holds it."""

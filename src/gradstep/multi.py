@@ -72,6 +72,11 @@ class MultiOptimizer(Optimizer):
         return self._children
 
     @property
+    def filters(self) -> tuple[Filter, ...]:
+        """The globs and functions that choose among the children, in order; the last child has none."""
+        return self._filters
+
+    @property
     def hyperparameters(self) -> dict[str, Any]:
         """Empty: hyperparameters are the children's."""
         return {}

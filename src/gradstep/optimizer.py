@@ -19,10 +19,12 @@ from gradstep.errors import (
     NonFiniteGradientError,
     NonFiniteScalarError,
     UnknownParameterError,
+    listing,
 )
 from gradstep.interrupts import InterruptsHeld
 from gradstep.learning_rate import to_float
 from gradstep.options import DEFAULTS, ClipNorm, Donate, Frozen, NonFinite, Policy, thawed
+from gradstep.persistence import Persistent
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.program.graph import Reading
 from gradstep.report import AwaitedReport, Rate, Report
@@ -43,7 +45,7 @@ AnyPlan: TypeAlias = Plan | FunctionalPlan
 Planned: TypeAlias = tuple[AnyPlan, list[Any], list[Any]]
 
 
-class Optimizer(ABC):
+class Optimizer(Persistent, ABC):
     """What every optimizer does: state by name, and steps that happen whole or not at all."""
 
     clip_norm: ClipNorm = ClipNorm()
@@ -59,6 +61,7 @@ class Optimizer(ABC):
     def __init__(self, *, clip_norm: float | None, nonfinite: Policy, donate: bool, frozen: Sequence[str]) -> None:
         self._register()
         self._report: Report | AwaitedReport | None = None
+        self._known_names: frozenset[str] = frozenset()  # of all parameters that have come, with gradients or without
         self.clip_norm = clip_norm
         self.nonfinite = nonfinite
         self.donate = donate
@@ -78,6 +81,13 @@ class Optimizer(ABC):
         for leaf, names in routes:
             for name in names:
                 leaf.group(name)
+        return routes
+
+    def _assign_known(self, params: Mapping[str, Any]) -> list[tuple[Leaf, list[str]]]:
+        """The same for a step, which after loading a checkpoint must be of its parameters."""
+        routes = self._assign(params)
+        for leaf, names in routes:
+            leaf.check_known(names)
         return routes
 
     @abstractmethod
@@ -159,6 +169,10 @@ class Optimizer(ABC):
         with InterruptsHeld():
             for leaf, state in fresh:
                 leaf.adopt(state)
+
+    def _begin_again(self, known: frozenset[str]) -> None:
+        """Forget plans and the report: another state has been loaded, of these parameters."""
+        self._plan, self._report, self._known_names = None, None, known
 
     @abstractmethod
     def _forget_routes(self) -> None:
@@ -393,15 +407,17 @@ class Optimizer(ABC):
         if library.in_place is True:
             others = {name: array for name, array in named.items() if name not in chosen}
             kept = {name: others[name] for name in refuse_overlap(library, chosen, others)}
-            shares = [Share(leaf, names) for leaf, names in self._assign(chosen)]
+            shares = [Share(leaf, names) for leaf, names in self._assign_known(chosen)]
             plan = Plan(library, shares, chosen, wanted, intake)
         else:
             refuse_shared(named, chosen)
             plan = FunctionalPlan(
-                library, self._assign(chosen), chosen, wanted, intake,
+                library, self._assign_known(chosen), chosen, wanted, intake,
                 clipped=clipped, skipping=skipping, donating=donating,
             )  # fmt: skip
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
+        if not named.keys() <= self._known_names:
+            self._known_names |= named.keys()
         self._plan = _CachedPlan(key, plan, parameters, gradients, kept, intake.totals(plan.names))
         return plan, parameters, gradients
 
@@ -578,7 +594,7 @@ def pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     except KeyError:
         unknown = [name for name in names if name not in named]
         raise UnknownParameterError(
-            f"there are gradients for {_listing(unknown)}, but params holds {_listing(list(named))}; "
+            f"there are gradients for {listing(unknown)}, but params holds {listing(list(named))}; "
             "a gradient needs a parameter of its name"
         ) from None
 
@@ -589,8 +605,3 @@ def _nonfinite_error(culprits: Sequence[str]) -> NonFiniteGradientError:
         f"these gradients {found}; nothing was changed. "
         'Find the cause, or pass nonfinite="skip" to leave such steps out'
     )
-
-
-def _listing(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:8]))
-    return (shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"

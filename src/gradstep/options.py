@@ -95,6 +95,25 @@ class Frozen:
         instance._frozen = tuple(value)  # pyright: ignore[reportPrivateUsage]
 
 
+class Options:
+    """Options on their own, checked when they are set."""
+
+    clip_norm: ClipNorm = ClipNorm()
+    nonfinite: NonFinite = NonFinite()
+    donate: Donate = Donate()
+    frozen: Frozen = Frozen()
+    _clip_norm: float | None
+    _nonfinite: Policy
+    _donate: bool
+    _frozen: tuple[str, ...]
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        for name in given.keys() - DEFAULTS.keys():
+            raise ConfigurationError(f"there is no option {name!r}; the options are {', '.join(DEFAULTS)}")
+        for name, default in DEFAULTS.items():
+            setattr(self, name, given.get(name, default))
+
+
 def thawed(named: Mapping[str, Value], frozen: Sequence[str]) -> Mapping[str, Value]:
     """The entries whose names match none of the globs."""
     if not frozen:

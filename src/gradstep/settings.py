@@ -1,14 +1,14 @@
 """All hyperparameters of one optimizer, as given and as resolved for its steps, for all parameters or by name."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from types import MethodType
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
-from gradstep.hyperparameters import Cell, Field, Pair
+from gradstep.hyperparameters import Cell, Field, Moment, Pair
 from gradstep.program.graph import Trace
 
 Group: TypeAlias = tuple[str, ...]
@@ -59,6 +59,30 @@ class Settings:
                 cell.resolve(step)
                 cell.publish()
         return new
+
+    def restored(self, given: Mapping[str, object], moments: Mapping[str, Sequence[Moment]], step: int) -> "Settings":
+        """Other settings of the same owner: these values, with what schedules gave, or else resolved now."""
+        new = Settings(self._owner, self._fields)
+        for name in self._fields:
+            new._adopt(name, given[name])
+            cells = [cell for cell in new._cells[name] if cell.source.is_schedule]
+            known = moments.get(name, ())
+            if known and len(known) != len(cells):
+                raise ConfigurationError(
+                    f"{self._owner}'s {name} has {len(cells)} schedules, but values of {len(known)} are known"
+                )
+            for cell, moment in zip(cells, known, strict=bool(known)):
+                cell.moment = moment
+            for cell in cells if not known else ():
+                cell.resolve(step)
+                cell.publish()
+        return new
+
+    @property
+    def moments(self) -> dict[str, tuple[Moment, ...]]:
+        """What each schedule gave, by hyperparameter."""
+        scheduled = {name: [c for c in cells if c.source.is_schedule] for name, cells in self._cells.items()}
+        return {name: tuple(cell.moment for cell in cells) for name, cells in scheduled.items() if cells}
 
     # Groups
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from gradstep.arrays.library import Form
+from gradstep.arrays.memory import bits_dtype
 from gradstep.errors import DtypeError
 from gradstep.program.formats import BYTES, EXPECTED
 from gradstep.program.newton_schulz import orthogonalized
@@ -54,8 +55,11 @@ class Jax:
         dtype = str(array.dtype)
         if dtype not in BYTES:
             raise DtypeError(f"{what} has dtype {dtype}; {EXPECTED}: .astype('float32') converts it")
-        # An array that has not been put anywhere goes where it is needed.
-        return Form(tuple(array.shape), dtype, array.sharding if array.committed else None)
+        return Form(tuple(array.shape), dtype, self.place_of(array))
+
+    def place_of(self, array: Any) -> object:
+        """See `FunctionalLibrary.place_of`. An array that has not been put anywhere goes where it is needed."""
+        return array.sharding if array.committed else None
 
     def is_tracing(self, arrays: list[Any]) -> bool:
         """See `FunctionalLibrary.is_tracing`."""
@@ -138,6 +142,16 @@ class Jax:
     def read(self, x: Any) -> Any:
         """See `FunctionalLibrary.read`."""
         return np.asarray(x)
+
+    def as_numpy(self, array: Any) -> np.ndarray[Any, Any]:
+        """See `FunctionalLibrary.as_numpy`."""
+        values = np.asarray(jax.device_get(array))
+        return values.view(bits_dtype(str(array.dtype)))
+
+    def from_bits(self, bits: np.ndarray[Any, Any], form: Form) -> Any:
+        """See `FunctionalLibrary.from_bits`."""
+        values = bits.view(jnp.dtype(form.dtype))
+        return jnp.array(values) if form.place is None else jax.device_put(values, form.place, may_alias=False)
 
 
 def _sum(x: Any, axis: int | None) -> Any:

@@ -85,8 +85,8 @@ class MemoryLibrary(Operations, Protocol):
         """The same memory as a NumPy array; floats of 16 bits as their bits."""
         ...
 
-    def from_numpy(self, array: np.ndarray[Any, Any]) -> Any:
-        """The same memory as an array of the library."""
+    def from_bits(self, bits: np.ndarray[Any, Any], dtype: str) -> Any:
+        """The reverse of `as_numpy`: the same memory as an array of the library."""
         ...
 
     def wrote(self, arrays: list[Any]) -> None:
@@ -111,6 +111,10 @@ class FunctionalLibrary(Operations, Protocol):
 
     def describe(self, array: Any, what: str) -> Form:
         """The array's form; an error that begins with `what` for one that cannot take part."""
+        ...
+
+    def place_of(self, array: Any) -> object:
+        """Where the array lies, as its form says."""
         ...
 
     def is_tracing(self, arrays: list[Any]) -> bool:
@@ -191,6 +195,14 @@ class FunctionalLibrary(Operations, Protocol):
 
     def read(self, x: Any) -> Any:
         """The value as a NumPy array; waits until it has been computed."""
+        ...
+
+    def as_numpy(self, array: Any) -> np.ndarray[Any, Any]:
+        """The elements as a NumPy array that must not be written; floats of 16 bits as their bits."""
+        ...
+
+    def from_bits(self, bits: np.ndarray[Any, Any], form: Form) -> Any:
+        """A new array with these elements, where `form` says."""
         ...
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gradstep.arrays.library import Form
 from gradstep.errors import DtypeError
-from gradstep.program.formats import BYTES, EXPECTED
+from gradstep.program.formats import BYTES, EXPECTED, NARROW
 from gradstep.program.newton_schulz import orthogonalized
 
 mx: Any = importlib.import_module("mlx.core")
@@ -62,6 +62,10 @@ class Mlx:
         if dtype not in BYTES:
             raise DtypeError(f"{what} has dtype {dtype}; {EXPECTED}: .astype(mx.float32) converts it")
         return Form(tuple(array.shape), dtype, None)
+
+    def place_of(self, array: Any) -> object:
+        """See `FunctionalLibrary.place_of`."""
+        return None
 
     def is_tracing(self, arrays: list[Any]) -> bool:
         """See `FunctionalLibrary.is_tracing`.
@@ -150,6 +154,17 @@ class Mlx:
     def read(self, x: Any) -> Any:
         """See `FunctionalLibrary.read`."""
         return np.array(x)
+
+    def as_numpy(self, array: Any) -> np.ndarray[Any, Any]:
+        """See `FunctionalLibrary.as_numpy`."""
+        narrow = array.dtype in (mx.bfloat16, mx.float16)
+        return np.asarray(array.view(mx.uint16) if narrow else array)
+
+    def from_bits(self, bits: np.ndarray[Any, Any], form: Form) -> Any:
+        """See `FunctionalLibrary.from_bits`."""
+        if form.dtype in NARROW:
+            return mx.array(bits).view(_dtype(form.dtype))
+        return mx.array(bits, mx.float64) if form.dtype == "float64" else mx.array(bits)
 
 
 def _reduced(shape: tuple[int, ...], axis: int) -> list[int]:

@@ -81,9 +81,9 @@ class NumPy:
         """See `MemoryLibrary.as_numpy`."""
         return array.view(bits_dtype(array.dtype.name), np.ndarray)
 
-    def from_numpy(self, array: Array) -> Array:
-        """See `MemoryLibrary.from_numpy`."""
-        return array
+    def from_bits(self, bits: Array, dtype: str) -> Array:
+        """See `MemoryLibrary.from_bits`."""
+        return bits.view(numpy_dtype(dtype))
 
     def wrote(self, arrays: list[Array]) -> None:
         """NumPy keeps no record of writes."""

@@ -111,9 +111,9 @@ class Torch:
         tensor = array.detach()
         return cast("np.ndarray[Any, Any]", (tensor.view(torch.uint16) if tensor.dtype in NARROW else tensor).numpy())
 
-    def from_numpy(self, array: np.ndarray[Any, Any]) -> Any:
-        """See `MemoryLibrary.from_numpy`."""
-        return torch.from_numpy(array)
+    def from_bits(self, bits: np.ndarray[Any, Any], dtype: str) -> Any:
+        """See `MemoryLibrary.from_bits`."""
+        return torch.from_numpy(bits).view(getattr(torch, dtype))
 
     def wrote(self, arrays: list[Any]) -> None:
         """Advance the version counters, so that autograd notices; inference tensors have none."""

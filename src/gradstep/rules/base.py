@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Self, dataclass_transform
 
 from gradstep.errors import ArgumentTypeError
 from gradstep.hyperparameters import (
@@ -115,6 +115,20 @@ class RuleOptimizer(Declarative, Optimizer):
         super().__init__(**options)
         self._leaf = Leaf(type(self), Settings(name, self._fields), self._storage(storage))
         self.set_hyperparameters(bound.arguments)
+
+    @classmethod
+    def _from_parts(cls, settings: Settings, storage: StorageOptions, options: Mapping[str, Any]) -> Self:
+        """An optimizer with hyperparameters that have been resolved already."""
+        new = cls.__new__(cls)
+        Optimizer.__init__(new, **{**DEFAULTS, **options})
+        new._leaf = Leaf(cls, settings, cls._storage(storage))
+        new._leaf.check_together(settings)
+        return new
+
+    @classmethod
+    def _blank_settings(cls) -> Settings:
+        """Hyperparameters without any values."""
+        return Settings(cls.__name__, cls._fields)
 
     @classmethod
     def check_together(cls, given: Mapping[str, Any]) -> None:

@@ -125,7 +125,7 @@ class Batch:
             place = place_of(symbol)
             arrays = [np.empty(matrix_shape(match.shape), self.dtype) for match in self.matches]
             self._place(place, _addresses(arrays))
-            self._matrices[place] = [self._library.from_numpy(array) for array in arrays]
+            self._matrices[place] = [self._library.from_bits(array, array.dtype.name) for array in arrays]
 
     def _place(self, place: str, addresses: Integers) -> None:
         self.addresses[place] = addresses

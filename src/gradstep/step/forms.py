@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradstep.arrays.library import Form, FunctionalLibrary, owner
+from gradstep.arrays.stored import Stored
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, ShapeError
 from gradstep.program.formats import EXPECTED, FLOATS, Format
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
+from gradstep.step.match import REMEDY, check_stored
 from gradstep.step.storage import parts_of
 
 
@@ -30,17 +32,21 @@ def make_slots(
     """The arrays of the state that the program keeps: those there are, checked, and zeros for the others."""
     found: dict[str, Any] = {}
     for part in parts_of(program, formats, form.shape):
-        if part.name not in slots:
-            place = form.place if part.kind is Kind.FULL else None
-            found[part.name] = library.zeros(Form(part.shape, part.dtype, place))
-            continue
-        found[part.name] = slots[part.name]
-        _check_slot(library, name, part.name, slots[part.name], Form(part.shape, part.dtype, form.place))
+        fresh = Form(part.shape, part.dtype, form.place if part.kind is Kind.FULL else None)
+        there = slots.get(part.name)
+        if there is None:
+            found[part.name] = library.zeros(fresh)
+        elif isinstance(there, Stored):
+            check_stored(name, part.name, there, part.shape, part.dtype)
+            found[part.name] = there.in_place_of(library, fresh)
+        else:
+            _check_slot(library, name, part.name, there, Form(part.shape, part.dtype, form.place))
+            found[part.name] = there
     return found
 
 
 def _check_slot(library: FunctionalLibrary, name: str, slot: str, array: Any, wanted: Form) -> None:
-    what, remedy = f"state[{name!r}][{slot!r}]", "opt.init(params) begins anew"
+    what, remedy = f"state[{name!r}][{slot!r}]", REMEDY
     if owner(array) is not library:
         raise ArgumentTypeError(
             f"{what} is a {type(array).__module__}.{type(array).__name__}, but the parameter now belongs to "

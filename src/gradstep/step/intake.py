@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gradstep.arrays.library import Library, owner
+from gradstep.arrays.library import Form, Library, owner
+from gradstep.arrays.memory import Memory
+from gradstep.arrays.stored import Stored
 from gradstep.errors import ArgumentTypeError, DtypeError, ShapeError
 from gradstep.program.formats import compute_dtype
 from gradstep.program.graph import Reading
@@ -69,7 +71,15 @@ def check_sum(library: Library, name: str, total: Any, parameter: Any) -> None:
             f"{what} is a {type(total).__module__}.{type(total).__name__}, but the parameter now belongs to "
             f"{library.name}; {REMEDY}"
         )
-    found, wanted = library.describe(total, what), library.describe(parameter, f"params[{name!r}]")
+    _check_form(what, name, library.describe(total, what), library.describe(parameter, f"params[{name!r}]"))
+
+
+def check_stored_sum(library: Library, name: str, total: Stored, parameter: Any) -> None:
+    """The same for a sum that has been loaded and belongs to no library yet."""
+    _check_form(f"sums[{name!r}]", name, total, library.describe(parameter, f"params[{name!r}]"))
+
+
+def _check_form(what: str, name: str, found: Form | Memory | Stored, wanted: Form | Memory) -> None:
     if found.shape != wanted.shape:
         raise ShapeError(f"{what} has shape {found.shape}, but params[{name!r}] now has {wanted.shape}; {REMEDY}")
     if found.dtype != compute_dtype(wanted.dtype):

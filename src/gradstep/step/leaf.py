@@ -9,7 +9,8 @@ import numpy as np
 
 from gradstep.arrays.library import recognise
 from gradstep.arrays.memory import Integers
-from gradstep.errors import ConfigurationError
+from gradstep.arrays.stored import Stored
+from gradstep.errors import ConfigurationError, MismatchError, listing
 from gradstep.program.graph import Kind, Reading, Trace, trace
 from gradstep.program.program import Program
 from gradstep.settings import Group, Settings
@@ -49,6 +50,7 @@ class Leaf:
         self.epoch = 0  # changes whenever a plan made before is void
         self.entries: dict[str, dict[str, Any]] = {}
         self.shown: set[str] = set()  # the parameters whose slots somebody else may hold, and move
+        self._known: frozenset[str] | None = None  # of a checkpoint, until the first step after loading it
         self._ledger: dict[str, int] = {}  # the row of each parameter in the counts
         self._counts: Integers = np.zeros(0, np.int64)
         self._programs: dict[Any, Program] = {}
@@ -62,9 +64,8 @@ class Leaf:
         Programs and groups are void when configuration or patterns differ.
         """
         same = settings.static == self.settings.static
-        if not settings.mapped:
-            self._family.check_together(settings.given)
-        elif same:  # else groups are checked when they come up again
+        self.check_together(settings)
+        if settings.mapped and same:  # else groups are checked when they come up again
             firsts = {group: name for name, group in reversed(self._groups.items())}
             for group, name in firsts.items():
                 self._check_group(settings.of(group), name)
@@ -72,6 +73,18 @@ class Leaf:
             self._programs, self._groups = {}, {}
             self.epoch += 1
         self.settings = settings
+
+    def check_together(self, settings: Settings) -> None:
+        """Raise `ConfigurationError` for hyperparameters that do not go together; of groups nothing is known yet."""
+        if not settings.mapped:
+            self._family.check_together(settings.given)
+
+    def settings_in(self, settings: Settings, name: str) -> Settings:
+        """Of other hyperparameters, those of one parameter, checked together."""
+        chosen = settings.of(settings.group_of(name))
+        if settings.mapped:
+            self._check_group(chosen, name)
+        return chosen
 
     def group(self, name: str) -> Group:
         """What the name of a parameter chooses, looked up once.
@@ -156,6 +169,8 @@ class Leaf:
         if name not in self.shown:
             self.shown.add(name)
             self.epoch += 1
+        if any(isinstance(array, Stored) for array in slots.values()):
+            return {slot: array.shown() if isinstance(array, Stored) else array for slot, array in slots.items()}
         return slots
 
     def reserve(self, names: Sequence[str]) -> Integers:
@@ -193,8 +208,36 @@ class Leaf:
         """Replace the whole state."""
         self._awaited.settle()
         self.entries, self._ledger, self._counts = state
+        self._known = None
         self.shown = set()
         self.epoch += 1
+
+    def restore(
+        self,
+        settings: Settings,
+        entries: dict[str, dict[str, Any]],
+        steps: Mapping[str, int],
+        step: int,
+        known: frozenset[str] | None,
+    ) -> None:
+        """Replace hyperparameters, state and counters. `known`: parameters that may have a gradient without state."""
+        counts = np.array([steps[name] for name in entries], np.int64)
+        self.adopt((entries, {name: row for row, name in enumerate(entries)}, counts))
+        self.settings, self._step = settings, step
+        self._programs, self._groups = {}, {}
+        self._known = known
+
+    def check_known(self, names: Sequence[str]) -> None:
+        """Raise `MismatchError` when the first step after loading brings parameters that were not in the checkpoint."""
+        if self._known is None:
+            return
+        strange = [name for name in names if name not in self.entries and name not in self._known]
+        if strange:
+            raise MismatchError(
+                f"the checkpoint that was loaded has no state for {listing(strange)}, but for "
+                f"{listing(list(self.entries))}; state is matched by name: rename one of them, or load with "
+                "strict=False to let the others begin anew"
+            )
 
     def stage(self, rows: Integers, matches: Sequence[Match]) -> State:
         """The state after a step of the parameters in `rows`; `matches` are those whose slots are new."""
@@ -206,6 +249,7 @@ class Leaf:
     def advance(self, staged: State) -> None:
         """Adopt the state after the step and publish the scalars."""
         self.entries, self._ledger, self._counts = staged
+        self._known = None
         self.settings.publish()
         self._step += 1
 
@@ -221,6 +265,7 @@ class Leaf:
         counts = self._counts.copy()
         counts[rows] += 1
         self._counts = counts
+        self._known = None
         self.settings.publish()
         self._step += 1
 
@@ -229,6 +274,10 @@ class Leaf:
     def program(self, name: str, ndim: int, reading: Reading = Reading.PLAIN) -> Program:
         """The rule traced for a parameter's configuration and number of dimensions; equal programs are one object."""
         return self._program(self.settings_of(name), ndim, reading)
+
+    def program_for(self, settings: Settings, ndim: int) -> Program:
+        """The same for a group of other hyperparameters."""
+        return self._program(settings, ndim, Reading.PLAIN)
 
     def programs(self, ndim: int, reading: Reading = Reading.PLAIN) -> list[tuple[dict[str, list[str]], Program]]:
         """Every program that a parameter may have, each with the globs that lead to it."""

@@ -15,11 +15,14 @@ from gradstep.arrays.memory import (
     overlaps_itself,
     strides_in_order,
 )
+from gradstep.arrays.stored import Stored
 from gradstep.errors import AliasedParametersError, ArgumentTypeError, DtypeError, ReadOnlyError, ShapeError
 from gradstep.program.formats import EXPECTED, FLOATS, Format
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import Program
 from gradstep.step.storage import Part, Storage, are_ordered, parts_of
+
+REMEDY = "opt.init(params) begins anew"
 
 
 @dataclass(frozen=True)
@@ -107,22 +110,33 @@ def make_slots(
     slots: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The arrays of the state that the program keeps: those there are, checked, and zeros for the others."""
-    order = walking_order(parameter, program, formats)
+    walked = walking_order(parameter, program, formats)
     found: dict[str, Any] = {}
     for part in parts_of(program, formats, parameter.shape):
-        if part.name in slots:
-            _check_slot(library, name, part, slots[part.name], parameter.dtype)
-            found[part.name] = slots[part.name]
+        order = walked if part.kind is Kind.FULL else range(len(part.shape))
+        there = slots.get(part.name)
+        if there is None:
+            found[part.name] = library.zeros(part.shape, order, part.dtype)
+        elif isinstance(there, Stored):
+            check_stored(name, part.name, there, part.shape, part.dtype)
+            found[part.name] = there.in_memory(library, order)
         else:
-            found[part.name] = library.zeros(
-                part.shape, order if part.kind is Kind.FULL else range(len(part.shape)), part.dtype
-            )
+            _check_slot(library, name, part, there, parameter.dtype)
+            found[part.name] = there
     return found
 
 
+def check_stored(name: str, slot: str, array: Stored, shape: tuple[int, ...], dtype: str) -> None:
+    """Raise if a loaded array does not fit its parameter."""
+    what = f"the checkpoint's state[{name!r}][{slot!r}]"
+    if array.shape != shape:
+        raise ShapeError(f"{what} has shape {array.shape}, but params[{name!r}] needs {shape}; {REMEDY}")
+    if array.dtype != dtype:
+        raise DtypeError(f"{what} has dtype {array.dtype}, but params[{name!r}] needs {dtype}; {REMEDY}")
+
+
 def _check_slot(library: MemoryLibrary, name: str, part: Part, array: Any, parameter: str) -> None:
-    what = f"state[{name!r}][{part.name!r}]"
-    remedy = "opt.init(params) begins anew"
+    what, remedy = f"state[{name!r}][{part.name!r}]", REMEDY
     try:
         memory = library.describe(array, what)
     except (AttributeError, TypeError) as error:

@@ -14,6 +14,7 @@ from gradstep.program.formats import (
     Format,
     Sign,
     compute_dtype,
+    master_of,
     scales_of,
 )
 from gradstep.program.graph import Kind
@@ -80,6 +81,11 @@ class Storage:
             stochastic = dtype == "int8" or (self._stochastic and dtype in NARROW)
             formats[slot] = Format(dtype, self._signs[slot], stochastic)
         return formats
+
+    def array_names(self) -> frozenset[str]:
+        """The arrays that any parameter may have, by their names."""
+        names = {name for slot in self._signs for name in Format(self._dtypes.get(slot, "float32")).parts(slot)}
+        return frozenset(names | ({master_of("w")} if self._masters else set()))
 
 
 def parts_of(program: Program, formats: Mapping[str, Format], shape: Sequence[int]) -> list[Part]:

@@ -1,0 +1,197 @@
+"""A checkpoint as one safetensors file, and finding the newest of a folder."""
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradstep.arrays.stored import bits_of, dtype_of
+from gradstep.checkpoint.container import CODES, Container, Tensor, write
+from gradstep.checkpoint.files import replacing
+from gradstep.checkpoint.making import make
+from gradstep.checkpoint.nodes import Document, from_json, keys_of
+from gradstep.checkpoint.restore import restore
+from gradstep.checkpoint.snapshot import Snapshot
+from gradstep.checkpoint.tensors import FileTensors
+from gradstep.checkpoint.values import Functions
+from gradstep.errors import ArgumentTypeError, CheckpointError, OutOfRangeError
+from gradstep.optimizer import Optimizer
+from gradstep.rules.base import RuleOptimizer
+
+Path_ = str | os.PathLike[str]
+
+DOCUMENT, HASHES, DIGEST = "gradstep", "gradstep.sha256", "gradstep.digest"
+
+
+def save(path: Path_, content: Snapshot, keep: int | None) -> None:
+    """Write a checkpoint and put it in the place of `path`; see `Optimizer.save`."""
+    count = _checked_keep(keep)
+    document = json.dumps(content.document.to_json(), allow_nan=False, separators=(",", ":"))
+    tensors = [
+        Tensor(key, dtype_of(array), tuple(array.shape), partial(bits_of, array, key))
+        for key, array in content.arrays.items()
+    ]
+    forms = {tensor.key: (tensor.dtype, tensor.shape) for tensor in tensors}
+
+    def metadata(hashes: Mapping[str, str]) -> dict[str, str]:
+        found = {DOCUMENT: document, HASHES: json.dumps(hashes, separators=(",", ":"))}
+        return {**found, DIGEST: _digest(found, forms)}
+
+    with replacing(path, count) as file:
+        write(file, tensors, metadata)
+
+
+def _checked_keep(keep: int | None) -> int:
+    if keep is None:
+        return 1
+    if isinstance(keep, bool) or not hasattr(keep, "__index__"):
+        raise ArgumentTypeError(f"keep must be a whole number of files, the new one included, got {keep!r}")
+    if keep < 1:
+        raise OutOfRangeError(f"keep must be at least 1, the new file, got {keep}")
+    return int(keep)
+
+
+def _digest(metadata: Mapping[str, str], forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    """The SHA-256 of all that a header says, whatever the order of its entries."""
+    tensors = sorted([key, CODES[dtype], list(shape)] for key, (dtype, shape) in forms.items())
+    content: list[Any] = [metadata[DOCUMENT], metadata[HASHES], tensors]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def load(
+    path: Path_, params: object = None, *, like: object = None, rules: Iterable[type[RuleOptimizer]] = (),
+    functions: Functions | None = None,
+) -> Optimizer:  # fmt: skip
+    """Make the optimizer that a file was saved from, and go on where it stood, bit for bit.
+
+    Args:
+        path: the file.
+        params: parameters to be overwritten with those of the file. Default: the file's are left alone.
+        like: parameters, of whose library and in whose layout and place the state is made. Default: `params`, or else
+            those of the next step.
+        rules: classes that `@gs.rule` made, where the file is of such optimizers; the rest is gradstep's.
+        functions: schedules, filters and configuration of yours that the file only names, by these names.
+
+    Returns:
+        A new optimizer.
+
+    Raises:
+        CheckpointError: the file is damaged, or no checkpoint.
+        MismatchError: the file does not fit `params` or `like`; lists all differences.
+        ConfigurationError: the file names rules or functions that are not given.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> import gradstep as gs, numpy as np, tempfile
+        >>> path = tempfile.mkdtemp() + "/run.safetensors"
+        >>> gs.Lion(gs.cosine_decay(1e-4, 100), weight_decay=0.1).save(path)
+        >>> gs.load(path)
+        Lion(learning_rate=cosine_decay(init=0.0001, decay_steps=100, end=0.0), betas=(0.9, 0.99), weight_decay=0.1)
+    """
+    with opened(path) as file:
+        known = {rule.__name__: rule for rule in rules}
+        optimizer = make(file.document.optimizer, known, functions or {}, file.tensors.name)
+        restore(
+            optimizer, file.document, file.tensors,
+            params=params, like=like, strict=True, whose="file", functions=functions or {},
+        )  # fmt: skip
+        return optimizer
+
+
+class CheckpointFile(NamedTuple):
+    """A checkpoint opened for reading. Its header is what was saved; tensors are verified when they are read."""
+
+    document: Document
+    tensors: FileTensors
+    container: Container
+    hashes: Mapping[str, str]
+
+
+@contextlib.contextmanager
+def opened(path: Path_) -> Iterator[CheckpointFile]:
+    """Open a checkpoint.
+
+    Raises:
+        CheckpointError: the file is damaged, or no checkpoint of gradstep's.
+        OSError: it cannot be read.
+    """
+    with Container(path) as container:
+        metadata = container.metadata
+        if DOCUMENT not in metadata:
+            raise CheckpointError(
+                f"{path} is a safetensors file, but no checkpoint of gradstep's: its metadata lacks {DOCUMENT!r}"
+            )
+        absent = [name for name in (HASHES, DIGEST) if name not in metadata]
+        forms = {key: (extent.dtype, extent.shape) for key, extent in container.tensors.items()}
+        if absent or _digest(metadata, forms) != metadata[DIGEST]:
+            raise container.damaged("its header is not what was saved")
+        document = from_json(container.parsed(metadata[DOCUMENT], "its description of the optimizer"))
+        hashes = container.parsed(metadata[HASHES], "its list of hashes")
+        lacking = (keys_of(document.optimizer) | set(document.parameters.values())) - hashes.keys()
+        if hashes.keys() != forms.keys() or lacking:
+            raise container.damaged(f"it describes other tensors than it holds: {sorted(lacking)[:8] or 'hashes'}")
+        yield CheckpointFile(document, FileTensors(container, hashes), container, hashes)
+
+
+def verify(path: Path_) -> None:
+    """Read the whole file, and raise if anything about it is not what was saved."""
+    with opened(path) as file:
+        for key in file.hashes:
+            file.tensors.verify(key)
+
+
+def latest(folder: Path_) -> Path | None:
+    """The newest whole checkpoint of a folder, by the time of writing; damaged files are left out, with a warning.
+
+    Every byte of the newest file is read and compared with its SHA-256; if it is damaged, the next one is tried.
+
+    Args:
+        folder: where to look; not in folders below it.
+
+    Returns:
+        Its path, or None when there is none, as before the first save.
+
+    Raises:
+        OSError: there is no such folder.
+
+    Example:
+        >>> import gradstep as gs, numpy as np, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> opt, params = gs.SGD(0.1), {"w": np.zeros(2, np.float32)}
+        >>> if (path := gs.latest(folder)) is not None:
+        ...     opt.load(path, params)
+        >>> _ = opt.apply_gradients({"w": np.ones(2, np.float32)}, params)
+        >>> opt.save(f"{folder}/run.safetensors", params, keep=3)
+        >>> gs.latest(folder).name
+        'run.safetensors'
+    """
+    ages: dict[Path, int] = {}
+    for path in sorted(Path(folder).iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # somebody may be saving, and keeping older ones
+            ages[path] = -path.stat().st_mtime_ns
+    for path in sorted(ages, key=lambda path: ages[path]):
+        try:
+            if path.name.startswith(".") or not path.is_file() or not _may_be_checkpoint(path):
+                continue
+            verify(path)
+        except CheckpointError as error:
+            warnings.warn(f"left out, an older checkpoint is taken: {error}", stacklevel=2)
+        except FileNotFoundError:
+            continue
+        else:
+            return path
+    return None
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint or was one; other files of a folder are nobody's concern."""
+    try:
+        with Container(path) as container:
+            return DOCUMENT in container.metadata
+    except CheckpointError:
+        return path.suffix == ".safetensors"

@@ -1,0 +1,129 @@
+"""Files that are replaced whole: written beside their place, synced, and renamed over it."""
+
+import contextlib
+import hashlib
+import importlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], keep: int = 1) -> Iterator[BinaryIO]:
+    """A new file, which takes the place of `path` when the block ends without an error.
+
+    Whenever the process is killed, or the machine loses power, `path` is the old file or the new one, whole.
+
+    Args:
+        path: the file to be replaced; a link stays one.
+        keep: how many files there are to be, the new one and older ones; see `older`.
+    """
+    target = Path(os.path.realpath(path))
+    _remove_left_over(target)
+    with _beside(target) as (file, place):
+        yield file
+        _sync(file)
+        _rotate(target, keep)
+        _rename(file, place, target)
+    _sync_folder(target.parent)
+
+
+def older(path: Path, age: int) -> Path:
+    """Where the file lies that was `path` before it was last saved `age` times: `name.1.suffix` and so on."""
+    return path.with_name(f"{path.stem}.{age}{path.suffix}")
+
+
+def _rotate(target: Path, keep: int) -> None:
+    """Move older files on by one, drop those that are too old, and give the newest one its second name."""
+    newest = older(target, 1)
+    if keep < 2 or not target.exists() or (newest.exists() and newest.samefile(target)):
+        return  # the last happens after a crash between here and the renaming
+    for age in range(keep - 1, 1, -1):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(older(target, age - 1), older(target, age))
+    age = keep
+    while older(target, age).exists():
+        older(target, age).unlink()
+        age += 1
+    newest.unlink(missing_ok=True)
+    try:
+        os.link(target, newest)
+    except OSError:  # a file system without hard links
+        with _beside(newest) as (file, place), target.open("rb") as old:
+            shutil.copyfileobj(old, file)
+            _sync(file)
+            _rename(file, place, newest)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file in the folder of `target`, held by this process, and removed if it has not been renamed."""
+    while True:
+        place = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}")
+        file = os.fdopen(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666), "wb")
+        if _claims(file) and place.exists():  # else somebody has just taken it for left over
+            break
+        file.close()
+    try:
+        with file:
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(place, stat.S_IMODE(target.stat().st_mode))
+            yield file, place
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def _rename(file: BinaryIO, place: Path, target: Path) -> None:
+    if os.name == "nt":
+        file.close()  # what is open cannot be renamed there
+    os.replace(place, target)
+
+
+def _prefix(target: Path) -> str:
+    return f".gradstep-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
+
+
+def _remove_left_over(target: Path) -> None:
+    """Remove what killed processes have left here: nobody holds it any more."""
+    for place in target.parent.glob(f"{_prefix(target)}*"):
+        with contextlib.suppress(OSError), place.open("rb") as file:
+            if _claims(file):
+                place.unlink()
+
+
+def _claims(file: BinaryIO) -> bool:
+    """Hold a file for as long as it is open; False if somebody else does."""
+    with contextlib.suppress(ImportError):
+        fcntl: Any = importlib.import_module("fcntl")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # a file system without locks
+    return True
+
+
+def _sync(file: BinaryIO) -> None:
+    """Wait until the file is on the disk."""
+    file.flush()
+    with contextlib.suppress(ImportError, OSError):
+        fcntl: Any = importlib.import_module("fcntl")
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves data in the disk's cache
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # folders cannot be opened there; renaming is journalled
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,156 @@
+"""An optimizer as it is: a document of plain data, and the arrays that it has keys for."""
+# pyright: reportPrivateUsage=false
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import gradstep
+from gradstep.accumulate import Accumulate
+from gradstep.arrays.library import owner
+from gradstep.arrays.stored import Stored, dtype_of
+from gradstep.checkpoint.container import METADATA
+from gradstep.checkpoint.nodes import (
+    AccumulateNode,
+    Document,
+    Entry,
+    Held,
+    MultiNode,
+    Node,
+    RuleNode,
+    from_json,
+    keys_of,
+)
+from gradstep.checkpoint.tensors import HeldTensors
+from gradstep.checkpoint.values import Encoder
+from gradstep.errors import CheckpointError, listing
+from gradstep.multi import MultiOptimizer
+from gradstep.optimizer import Optimizer
+from gradstep.options import DEFAULTS
+from gradstep.rules.base import RuleOptimizer
+from gradstep.step.leaf import rule_arguments
+
+SUM = "g.sum"
+DOCUMENT, TENSORS = "gradstep", "tensors"
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds. The arrays are the live ones, of any library or none; see `bits_of`."""
+
+    document: Document
+    arrays: dict[str, Any]
+
+
+def snapshot(optimizer: Optimizer, params: Mapping[str, Any]) -> Snapshot:
+    """The optimizer and parameters by name; to be called while no other thread can step.
+
+    Raises:
+        ArgumentTypeError: an optimizer of a class of its own.
+    """
+    return _Photographer().document(optimizer, params)
+
+
+class _Photographer:
+    def __init__(self) -> None:
+        self._arrays: dict[str, Any] = {}
+        self._encoder = Encoder()
+
+    def document(self, optimizer: Optimizer, params: Mapping[str, Any]) -> Snapshot:
+        parameters = {name: self._key(name, array) for name, array in params.items()}
+        node = self._node(optimizer)
+        known = optimizer._known_names | params.keys()
+        stateless = sorted(known - {name for leaf in optimizer._leaves() for name in leaf.names()})
+        return Snapshot(Document(gradstep.__version__, node, parameters, tuple(stateless)), self._arrays)
+
+    def _key(self, wanted: str, array: Any) -> str:
+        """A key in UTF-8 that nothing else has."""
+        stem, number = wanted.encode("utf-8", "backslashreplace").decode(), 1
+        key = stem
+        while key in self._arrays or key == METADATA:
+            number += 1
+            key = f"{stem}#{number}"
+        self._arrays[key] = array
+        return key
+
+    def _node(self, optimizer: Optimizer) -> Node:
+        if isinstance(optimizer, Accumulate):
+            sums = {name: self._key(f"{name}.{SUM}", array) for name, array in optimizer.sums.items()}
+            return AccumulateNode(optimizer.every, optimizer.micro_step, sums, self._node(optimizer.optimizer))
+        if isinstance(optimizer, MultiOptimizer):
+            children = zip(encode_filters(optimizer, self._encoder), map(self._node, optimizer.optimizers), strict=True)
+            return MultiNode(optimizer.step, self._options(optimizer), tuple(children))
+        if isinstance(optimizer, RuleOptimizer):
+            return self._rule_node(optimizer)
+        raise TypeError(f"an unknown kind of optimizer: {type(optimizer).__name__}")
+
+    def _rule_node(self, optimizer: RuleOptimizer) -> RuleNode:
+        (leaf,), family = optimizer._leaves(), type(optimizer)
+        steps = leaf.steps
+        state = {
+            name: Held(steps[name], {array: self._key(f"{name}.{array}", slots[array]) for array in slots})
+            for name, slots in leaf.entries.items()
+        }
+        encode = self._encoder.encode
+        return RuleNode(
+            family.__name__, is_ours(family), rule_arguments(family.rule)[0], leaf.step, state,
+            {name: encode(value) for name, value in leaf.settings.given.items()}, leaf.settings.moments,
+            self._options(optimizer),
+            {name: encode_storage(value) for name, value in leaf.storage.options._asdict().items()},
+        )  # fmt: skip
+
+    def _options(self, optimizer: Optimizer) -> dict[str, Any]:
+        given = {name: getattr(optimizer, name) for name in DEFAULTS}
+        return {**given, "frozen": list(optimizer.frozen)}
+
+
+def is_ours(family: type) -> bool:
+    """Whether an optimizer class is one of gradstep's."""
+    return getattr(gradstep, family.__name__, None) is family
+
+
+def encode_filters(optimizer: MultiOptimizer, encoder: Encoder | None = None) -> list[Any]:
+    """The filters as plain data, one for each child; the last one's is None."""
+    encode = (encoder or Encoder()).encode
+    return [*({"glob": f} if isinstance(f, str) else encode(f) for f in optimizer.filters), None]
+
+
+def encode_storage(value: Any) -> Any:
+    """A storage option as plain data."""
+    if isinstance(value, Mapping):
+        return dict(cast("Mapping[str, str]", value))
+    return value if value is None or isinstance(value, (bool, str)) else int(value)
+
+
+def state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """See `Optimizer.state_dict`."""
+    document, arrays = snapshot(optimizer, {})
+    return {DOCUMENT: document.to_json(), TENSORS: {key: _view(array) for key, array in arrays.items()}}
+
+
+def _view(array: Any) -> Any:
+    """Another array with the same memory, so that nobody can move the optimizer's own."""
+    if isinstance(array, Stored):
+        return array.shown()
+    library = owner(array)
+    if library is not None and library.in_place is True:
+        return library.from_bits(library.as_numpy(array), dtype_of(array))
+    return array
+
+
+def from_state_dict(given: Mapping[str, Any]) -> tuple[Document, HeldTensors]:
+    """The document and the tensors of a state dict.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    entry = Entry("the state dict", given)
+    if entry.raw(DOCUMENT) is None:
+        raise CheckpointError(
+            "this is no state dict of gradstep's core, which has the keys 'gradstep' and 'tensors'; those of "
+            "torch.optim and others are converted with from_torch, from_optax or from_mlx"
+        )
+    document = from_json(entry.raw(DOCUMENT))
+    tensors = HeldTensors(entry.mapping(TENSORS, lambda _, array: array))
+    lacking = sorted(key for key in keys_of(document.optimizer) if key not in tensors)
+    if lacking:
+        raise CheckpointError(f"the state dict lacks the tensors {listing(lacking)}")
+    return document, tensors

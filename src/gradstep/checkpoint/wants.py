@@ -1,0 +1,91 @@
+"""What given parameters need of a checkpoint: which arrays, and where and how these are to lie."""
+# pyright: reportPrivateUsage=false
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradstep.arrays.library import Form, FunctionalLibrary, Library, MemoryLibrary, recognise
+from gradstep.arrays.memory import axis_order
+from gradstep.arrays.stored import Stored
+from gradstep.checkpoint.matching import RuleMatch
+from gradstep.checkpoint.tensors import Shape
+from gradstep.optimizer import Optimizer
+from gradstep.options import thawed
+from gradstep.program.formats import compute_dtype
+from gradstep.program.graph import Kind
+from gradstep.step.forms import describe_floats
+from gradstep.step.match import check_parameter, walking_order
+from gradstep.step.storage import Part, parts_of
+
+
+@dataclass(frozen=True)
+class WantInMemory:
+    """The needs of a parameter in memory: its arrays, and the orders of axes of the state and of a sum."""
+
+    library: MemoryLibrary
+    parts: Mapping[str, Part]
+    walked: Sequence[int]
+    sum_shape: Shape
+    sum_order: Sequence[int]
+
+    def land(self, slot: str, stored: Stored) -> Any:
+        """A loaded array of its state as one of the library."""
+        part = self.parts[slot]
+        return stored.in_memory(self.library, self.walked if part.kind is Kind.FULL else range(len(part.shape)))
+
+    def land_sum(self, stored: Stored) -> Any:
+        """A loaded sum as an array of the library."""
+        return stored.in_memory(self.library, self.sum_order)
+
+
+@dataclass(frozen=True)
+class WantAnew:
+    """The needs of a parameter that never changes: its arrays, and the place of those that have its shape."""
+
+    library: FunctionalLibrary
+    parts: Mapping[str, Part]
+    place: object
+    sum_shape: Shape
+
+    def land(self, slot: str, stored: Stored) -> Any:
+        """See `WantInMemory.land`."""
+        place = self.place if self.parts[slot].kind is Kind.FULL else None
+        return stored.in_place_of(self.library, Form(stored.shape, stored.dtype, place))
+
+    def land_sum(self, stored: Stored) -> Any:
+        """See `WantInMemory.land_sum`."""
+        return stored.in_place_of(self.library, Form(stored.shape, stored.dtype, self.place))
+
+
+Want = WantInMemory | WantAnew
+Wants = Mapping[str, Want]
+
+
+def wants_of(
+    optimizer: Optimizer, rules: Sequence[RuleMatch], frozen: Sequence[str], like: Mapping[str, Any]
+) -> list[Wants]:
+    """What these parameters need of each optimizer with a rule, in the order of `rules`.
+
+    Raises:
+        GradstepError: a parameter cannot be trained.
+    """
+    named = thawed(like, frozen)
+    library = recognise(like=named)
+    routes = {id(leaf): names for leaf, names in optimizer._route(named, remember=False)}
+    return [{name: _want(library, rule, name, named[name]) for name in routes.get(id(rule.leaf), ())} for rule in rules]
+
+
+def _want(library: Library, rule: RuleMatch, name: str, parameter: Any) -> Want:
+    if library.in_place is True:
+        form = memory = check_parameter(library, name, parameter)
+    else:
+        form, memory = describe_floats(library, parameter, f"params[{name!r}]"), None
+    program = rule.leaf.program_for(rule.leaf.settings_in(rule.settings, name), len(form.shape))
+    formats = rule.leaf.storage.formats(program.slots, form.dtype, form.dtype)
+    parts = {part.name: part for part in parts_of(program, formats, form.shape)}
+    total = Shape(compute_dtype(form.dtype), form.shape)
+    if library.in_place is True and memory is not None:
+        return WantInMemory(library, parts, walking_order(memory, program, formats), total, axis_order(memory))
+    assert library.in_place is False
+    return WantAnew(library, parts, library.place_of(parameter), total)

@@ -1,0 +1,158 @@
+"""The methods by which every optimizer is saved and loaded."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gradstep.errors import ConfigurationError
+from gradstep.tree import named_arrays
+
+if TYPE_CHECKING:
+    from gradstep.checkpoint.differences import Difference
+    from gradstep.checkpoint.matching import Whose
+    from gradstep.checkpoint.values import Functions
+
+Result = TypeVar("Result")
+
+
+class Persistent(ABC):
+    """Who can be saved and loaded. What does it, `gradstep.checkpoint`, knows all optimizers and is imported late."""
+
+    @abstractmethod
+    def _exclusively(self, body: Callable[[], Result]) -> Result:
+        """Call `body` while other threads are kept from stepping."""
+
+    def save(self, path: str | os.PathLike[str], params: object = None, *, keep: int | None = None) -> None:
+        """Save everything that the next steps depend on in one safetensors file, all or nothing.
+
+        The file is written beside `path`, synced, and renamed over it: whenever the process is killed, `path` is the
+        old file or the new one, whole. Each array of state has the key `parameter.slot`, each parameter its name. The
+        metadata hold the hyperparameters, schedules, counters, and a SHA-256 of every array.
+
+        A function of yours that is a schedule, a filter or configuration cannot be saved: its name is, and `load`
+        takes it from the optimizer or asks for it.
+
+        Args:
+            path: where; the folder must exist.
+            params: parameters to be saved too, by name or nested like those of a step. Default: none.
+            keep: how many files to keep: this one, and the ones before as `name.1.suffix`, `name.2.suffix` and so on.
+                Default: this one.
+
+        Raises:
+            OSError: the file cannot be written; the old one is still there.
+            DtypeError: a parameter has a dtype that safetensors does not know.
+
+        Example:
+            >>> import gradstep as gs, numpy as np, tempfile
+            >>> folder = tempfile.mkdtemp()
+            >>> opt, params = gs.Adam(0.1), {"w": np.zeros(2, np.float32)}
+            >>> _ = opt.apply_gradients({"w": np.ones(2, np.float32)}, params)
+            >>> opt.save(f"{folder}/run.safetensors", params)
+            >>> other = gs.load(f"{folder}/run.safetensors", params)
+            >>> other.step, other.state["w"]["m"]
+            (1, array([0.1, 0.1], dtype=float32))
+        """
+        from gradstep.checkpoint import checkpoint_file, snapshot
+
+        named = named_arrays({} if params is None else params, "params")
+        self._exclusively(lambda: checkpoint_file.save(path, snapshot.snapshot(self, named), keep))
+
+    def load(
+        self, path: str | os.PathLike[str], params: object = None, *, like: object = None, strict: bool = True,
+        hyperparameters: "Whose" = "file", functions: "Functions | None" = None,
+    ) -> "list[Difference]":  # fmt: skip
+        """Go on from a file that `save` wrote, bit for bit; wholly or, on any error, not at all.
+
+        Names, shapes, slots, dtypes, the tree of optimizers, their families and storage are compared with this
+        optimizer, and with `params` or `like` where they are given; every array is verified. Without parameters to
+        compare with, the first step checks that it brings no others than the file has.
+
+        Args:
+            path: the file.
+            params: parameters to be overwritten with those of the file. Default: the file's are left alone.
+            like: parameters, of whose library and in whose layout and place the state is made. Default: `params`, or
+                else those of the next step.
+            strict: whether anything missing, unexpected or different is an error. If not, what fits is loaded: a
+                parameter's state as a whole or not at all.
+            hyperparameters: "file" for the hyperparameters, `clip_norm`, `nonfinite` and `frozen` of the file; "mine"
+                to keep those of this optimizer, with schedules resolved at the step of the file.
+            functions: functions that the file only names, by these names. Default: those that the optimizer has in
+                their place.
+
+        Returns:
+            Everything that differs; empty where `strict`.
+
+        Raises:
+            MismatchError: the file does not fit; lists all differences.
+            CheckpointError: the file is damaged, or no checkpoint.
+            ConfigurationError: the file names a function that neither the optimizer nor `functions` has.
+            OSError: the file cannot be read.
+
+        Example:
+            >>> import gradstep as gs, numpy as np, tempfile
+            >>> path, params = tempfile.mkdtemp() + "/run.safetensors", {"w": np.zeros(2, np.float32)}
+            >>> gs.Adam(0.1).save(path, params)
+            >>> gs.SGD(0.1).load(path, strict=False)
+            [Difference(kind='different', where='opt', file='Adam', here='SGD')]
+        """
+        from gradstep.checkpoint import checkpoint_file, restore
+
+        whose = _checked_whose(hyperparameters)
+        with checkpoint_file.opened(path) as file:
+            return self._exclusively(
+                lambda: restore.restore(
+                    self, file.document, file.tensors,
+                    params=params, like=like, strict=strict, whose=whose, functions=functions or {},
+                )
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `save` would put into a file, for checkpoints of your own: plain data, and arrays by key.
+
+        Returns:
+            A dict with `"gradstep"`, which is made of dicts, lists, texts, numbers and None, and `"tensors"`, the live
+            arrays: the next step changes those of NumPy and PyTorch. `copy.deepcopy` makes a snapshot of it.
+
+        Example:
+            >>> import gradstep as gs, numpy as np
+            >>> opt = gs.SGD(0.1, momentum=0.9)
+            >>> opt.init({"w": np.zeros(2, np.float32)})
+            >>> opt.state_dict()["tensors"]
+            {'w.v': array([0., 0.], dtype=float32)}
+        """
+        from gradstep.checkpoint import snapshot
+
+        return self._exclusively(lambda: snapshot.state_dict(self))
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *, like: object = None, strict: bool = True,
+        hyperparameters: "Whose" = "file", functions: "Functions | None" = None,
+    ) -> "list[Difference]":  # fmt: skip
+        """Go on from what `state_dict` gave, or a bridge from another library; arrays are copied. See `load`.
+
+        Example:
+            >>> import gradstep as gs, numpy as np
+            >>> opt, twin = gs.SGD(0.1, momentum=0.9), gs.SGD(0.2, momentum=0.8)
+            >>> opt.init({"w": np.zeros(2, np.float32)})
+            >>> twin.load_state_dict(opt.state_dict())
+            []
+            >>> twin.learning_rate
+            0.1
+        """
+        from gradstep.checkpoint import restore, snapshot
+
+        whose = _checked_whose(hyperparameters)
+        document, tensors = snapshot.from_state_dict(state_dict)
+        return self._exclusively(
+            lambda: restore.restore(
+                self, document, tensors,
+                params=None, like=like, strict=strict, whose=whose, functions=functions or {},
+            )
+        )  # fmt: skip
+
+
+def _checked_whose(hyperparameters: object) -> "Whose":
+    if hyperparameters not in ("file", "mine"):
+        raise ConfigurationError(f'hyperparameters must be "file" or "mine", got {hyperparameters!r}')
+    return hyperparameters
