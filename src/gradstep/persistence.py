@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from gradstep.errors import ConfigurationError
 from gradstep.tree import named_arrays
@@ -12,16 +12,21 @@ if TYPE_CHECKING:
     from gradstep.checkpoint.differences import Difference
     from gradstep.checkpoint.matching import Whose
     from gradstep.checkpoint.values import Functions
+    from gradstep.optimizer import Optimizer
 
 Result = TypeVar("Result")
 
 
 class Persistent(ABC):
-    """Who can be saved and loaded. What does it, `gradstep.checkpoint`, knows all optimizers and is imported late."""
+    """Whoever can be saved and loaded. What does it, `gradstep.checkpoint`, knows all optimizers: imported late."""
 
     @abstractmethod
     def _exclusively(self, body: Callable[[], Result]) -> Result:
         """Call `body` while other threads are kept from stepping."""
+
+    @property
+    def _itself(self) -> "Optimizer":
+        return cast("Optimizer", self)
 
     def save(self, path: str | os.PathLike[str], params: object = None, *, keep: int | None = None) -> None:
         """Save everything that the next steps depend on in one safetensors file, all or nothing.
@@ -56,7 +61,7 @@ class Persistent(ABC):
         from gradstep.checkpoint import checkpoint_file, snapshot
 
         named = named_arrays({} if params is None else params, "params")
-        self._exclusively(lambda: checkpoint_file.save(path, snapshot.snapshot(self, named), keep))
+        self._exclusively(lambda: checkpoint_file.save(path, snapshot.snapshot(self._itself, named), keep))
 
     def load(
         self, path: str | os.PathLike[str], params: object = None, *, like: object = None, strict: bool = True,
@@ -102,7 +107,7 @@ class Persistent(ABC):
         with checkpoint_file.opened(path) as file:
             return self._exclusively(
                 lambda: restore.restore(
-                    self, file.document, file.tensors,
+                    self._itself, file.document, file.tensors,
                     params=params, like=like, strict=strict, whose=whose, functions=functions or {},
                 )
             )  # fmt: skip
@@ -123,7 +128,7 @@ class Persistent(ABC):
         """
         from gradstep.checkpoint import snapshot
 
-        return self._exclusively(lambda: snapshot.state_dict(self))
+        return self._exclusively(lambda: snapshot.state_dict(self._itself))
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], *, like: object = None, strict: bool = True,
@@ -146,7 +151,7 @@ class Persistent(ABC):
         document, tensors = snapshot.from_state_dict(state_dict)
         return self._exclusively(
             lambda: restore.restore(
-                self, document, tensors,
+                self._itself, document, tensors,
                 params=None, like=like, strict=strict, whose=whose, functions=functions or {},
             )
         )  # fmt: skip

@@ -65,8 +65,9 @@ def bits_of(array: Any, what: str) -> Bits:
     library = owner(array)
     if library is None:
         raise ArgumentTypeError(f"{what} is a {type(array).__name__}; expected an array of NumPy, PyTorch, JAX or MLX")
-    if isinstance(array, (np.ndarray, np.generic)):
-        array = np.asarray(array, array.dtype.newbyteorder("="))
+    if library is NUMPY:
+        array = np.asarray(array)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
     bits = library.as_numpy(array)
     return np.ascontiguousarray(bits).reshape(bits.shape)  # the former makes a vector of what has no dimensions
 

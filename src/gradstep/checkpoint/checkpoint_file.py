@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +113,7 @@ class CheckpointFile(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path: Path_) -> Iterator[CheckpointFile]:
+def opened(path: Path_) -> Generator[CheckpointFile]:
     """Open a checkpoint.
 
     Raises:

@@ -68,7 +68,7 @@ def write(
     file.seek(8 + len(blank))
     hashes: dict[str, str] = {}
     for tensor in ordered:
-        content, digest = memoryview(tensor.bits().reshape(-1).view(np.uint8)), hashlib.sha256()
+        content, digest = tensor.bits().reshape(-1).view(np.uint8).data, hashlib.sha256()
         for at in range(0, len(content), CHUNK):
             digest.update(content[at : at + CHUNK])
             file.write(content[at : at + CHUNK])
@@ -201,7 +201,7 @@ class Container:
         """A tensor's elements, and the SHA-256 of its bytes."""
         extent = self.tensors[key]
         bits = empty_bits(extent.shape, extent.dtype)
-        content, done, digest = memoryview(bits.reshape(-1).view(np.uint8)), 0, hashlib.sha256()
+        content, done, digest = bits.reshape(-1).view(np.uint8).data, 0, hashlib.sha256()
         self._seek(extent)
         while done < len(content):
             piece = self._read_some(key, content[done : done + CHUNK])

@@ -7,13 +7,13 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], keep: int = 1) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str], keep: int = 1) -> Generator[BinaryIO]:
     """A new file, which takes the place of `path` when the block ends without an error.
 
     Whenever the process is killed, or the machine loses power, `path` is the old file or the new one, whole.
@@ -60,7 +60,7 @@ def _rotate(target: Path, keep: int) -> None:
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
+def _beside(target: Path) -> Generator[tuple[BinaryIO, Path]]:
     """A new file in the folder of `target`, held by this process, and removed if it has not been renamed."""
     while True:
         place = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}")

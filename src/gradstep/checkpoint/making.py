@@ -55,7 +55,7 @@ class _Maker:
     def _make_rule(self, where: str, node: RuleNode) -> RuleOptimizer:
         family = self._family(where, node)
         names = list(family._fields)
-        if node.hyperparameters.keys() != set(names) or node.storage.keys() - STORAGE_DEFAULTS.keys():
+        if set(node.hyperparameters) != set(names) or node.storage.keys() - STORAGE_DEFAULTS.keys():
             raise CheckpointError(
                 f"{self._what}: {where} is a {node.family} with {', '.join(node.hyperparameters)}; here it has "
                 f"{', '.join(names)}"
