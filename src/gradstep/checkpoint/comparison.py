@@ -81,7 +81,8 @@ class Comparison:
         """The keys of the parameters that fit these."""
         there, here = self._document.parameters, _shapes(named)
         if not there:
-            self.differences.append(missing("the parameters, because they were not saved", f"{len(named)} arrays"))
+            none = "none, because they were not saved,"
+            self.differences.append(Difference("missing", "params", none, f"{len(named)} arrays"))
             return {}
         found = {name: self._tensors.shape(key) for name, key in there.items()}
         self.differences += [missing(f"params[{n!r}]", str(shape)) for n, shape in here.items() if n not in there]

@@ -1,6 +1,7 @@
 """Files that are replaced whole: written beside their place, synced, and renamed over it."""
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import os
@@ -23,6 +24,10 @@ def replacing(path: str | os.PathLike[str], keep: int = 1) -> Generator[BinaryIO
         keep: how many files there are to be, the new one and older ones; see `older`.
     """
     target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into", str(target.parent))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file to save into, got a folder", str(path))
     _remove_left_over(target)
     with _beside(target) as (file, place):
         yield file

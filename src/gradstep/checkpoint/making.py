@@ -28,7 +28,7 @@ def make(node: Node, rules: Rules, functions: Functions, what: str) -> Optimizer
     """
     decoder = Decoder(functions)
     made = _Maker(rules, decoder, what).make("opt", node)
-    decoder.refuse_lacking(what)
+    decoder.check_functions(what)
     return made
 
 

@@ -61,7 +61,7 @@ def match_trees(here: Optimizer, there: Node, whose: Whose, functions: Functions
     matcher = _Matcher(whose, Decoder(functions))
     matcher.found.frozen = here.frozen
     matcher.match("opt", here, there)
-    matcher.decoder.refuse_lacking(what)
+    matcher.decoder.check_functions(what, ', or keep your own hyperparameters: hyperparameters="mine"')
     return matcher.found
 
 
@@ -110,7 +110,8 @@ class _Matcher:
             if route not in other:
                 self.found.differences.append(missing(f"{where}[{route}]", type(here.optimizers[place]).__name__))
         for route, place in other.items():
-            _, child = there.routes[place]
+            accepts, child = there.routes[place]
+            self.decoder.use(accepts)
             if route not in own:
                 self.found.differences.append(unexpected(f"{where}[{route}]", _kind(child)))
             else:

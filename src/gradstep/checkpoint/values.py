@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any, TypeAlias, cast
 
 from gradstep.checkpoint.nodes import Entry
-from gradstep.errors import CheckpointError, ConfigurationError, GradstepError
+from gradstep.errors import CheckpointError, ConfigurationError, GradstepError, listing
 from gradstep.schedules import cosine_decay, exponential_decay, join_schedules, linear_schedule, step_decay
 
 Functions: TypeAlias = Mapping[str, Any]
@@ -61,15 +61,27 @@ class Decoder:
 
     def __init__(self, functions: Functions) -> None:
         self._functions = functions
+        self._used: set[str] = set()
         self._lacking: dict[str, list[str]] = {}  # names of functions that nobody has, and where they are needed
 
-    def refuse_lacking(self, source: str) -> None:
-        """Raise `ConfigurationError` if functions were needed that nobody has."""
+    def use(self, data: Any) -> None:
+        """Note that a filter goes by its name."""
+        if isinstance(data, Mapping) and "function" in data:
+            self._used.add(str(cast("Mapping[str, Any]", data)["function"]))
+
+    def check_functions(self, source: str, remedy: str = "") -> None:
+        """Raise `ConfigurationError` if functions were needed that nobody has, or given that nobody needs."""
+        useless = [name for name in self._functions if name not in self._used]
         if self._lacking:
             places = "; ".join(f"{name!r} for {', '.join(places)}" for name, places in self._lacking.items())
             names = ", ".join(f"{name!r}: …" for name in self._lacking)
             raise ConfigurationError(
-                f"{source} names functions that a checkpoint cannot hold: {places}; pass them as functions={{{names}}}"
+                f"{source} names functions that a checkpoint cannot hold: {places}; pass them as "
+                f"functions={{{names}}}{remedy}"
+            )
+        if useless:
+            raise ConfigurationError(
+                f"functions has {listing(useless)}, but {source} names {listing(sorted(self._used))}"
             )
 
     def decode(self, what: str, data: Any, mine: Any = None) -> Any:
@@ -109,6 +121,7 @@ class Decoder:
         return float(text)
 
     def _function(self, what: str, name: str, mine: Any) -> Any:
+        self._used.add(name)
         if name in self._functions:
             return self._functions[name]
         if mine is not None and name_of(mine) == name.partition("#")[0]:
