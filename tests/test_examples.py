@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,3 +50,14 @@ def test_narrow_numbers_train_as_well_as_float32_unless_they_round_small_steps_a
     assert exact < 2.4
     assert others == pytest.approx([exact] * 4, rel=0.01)
     assert nearest > 1.02 * exact
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_one_left_alone(tmp_path: Path) -> None:
+    run = example("killed_and_resumed")
+    interrupted, alone = tmp_path / "interrupted", tmp_path / "alone"
+    interrupted.mkdir()
+    alone.mkdir()
+    assert len(run.kill_and_resume(interrupted)) >= 2
+    ours, other = run.train(interrupted), run.train(alone)
+    for name, array in other.items():
+        assert np.array_equal(ours[name], array)
