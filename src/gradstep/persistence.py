@@ -40,7 +40,8 @@ class Persistent(ABC):
 
         Args:
             path: where; the folder must exist.
-            params: parameters to be saved too, by name or nested like those of a step. Default: none.
+            params: parameters to be saved too, by name or nested like those of a step; other arrays may be among
+                them, such as `model.state_dict()` has. Default: none.
             keep: how many files to keep: this one, and the ones before as `name.1.suffix`, `name.2.suffix` and so on.
                 Default: this one.
 

@@ -24,17 +24,19 @@ def restore(
     params: object, like: object, strict: bool, whose: Whose, functions: Functions,
 ) -> list[Difference]:  # fmt: skip
     """Load a checkpoint; see `Optimizer.load`. To be called while no other thread can step."""
+    named = None if params is None else named_arrays(params, "params")
+    models = named if like is None else named_arrays(like, "like")
     matching = match_trees(optimizer, document.optimizer, whose, functions, tensors.name)
-    rules, like = matching.rules, params if like is None else like
+    rules = matching.rules
     wants: list[Wants] | list[None] = [None] * len(rules)
-    if like is not None:
-        wants = wants_of(optimizer, rules, matching.frozen, named_arrays(like, "like"))
-    every = None if like is None else {name: want for some in wants if some for name, want in some.items()}
+    if models is not None:
+        wants = wants_of(optimizer, rules, matching.frozen, models)
+    every = None if models is None else {name: want for some in wants if some for name, want in some.items()}
 
     comparison = Comparison(document, tensors)
     states = [comparison.state(rule, some) for rule, some in zip(rules, wants, strict=True)]
     sums = comparison.sums(matching.round.sums, every) if matching.round else {}
-    shared = {} if params is None else comparison.parameters(named_arrays(params, "params"))
+    shared = {} if named is None else comparison.parameters(named)
     differences = [*matching.differences, *comparison.differences]
     if strict and differences:
         raise mismatch(tensors.name, differences)

@@ -7,12 +7,12 @@ from typing import Any
 
 from gradstep.arrays.library import Form, FunctionalLibrary, Library, MemoryLibrary, recognise
 from gradstep.arrays.memory import axis_order
-from gradstep.arrays.stored import Stored
+from gradstep.arrays.stored import Stored, dtype_of
 from gradstep.checkpoint.matching import RuleMatch
 from gradstep.checkpoint.tensors import Shape
 from gradstep.optimizer import Optimizer
 from gradstep.options import thawed
-from gradstep.program.formats import compute_dtype
+from gradstep.program.formats import FLOATS, compute_dtype
 from gradstep.program.graph import Kind
 from gradstep.step.forms import describe_floats
 from gradstep.step.match import check_parameter, walking_order
@@ -67,10 +67,12 @@ def wants_of(
 ) -> list[Wants]:
     """What these parameters need of each optimizer with a rule, in the order of `rules`.
 
+    Arrays of integers need nothing: they are a model's counters, which come along with its parameters.
+
     Raises:
         GradstepError: a parameter cannot be trained.
     """
-    named = thawed(like, frozen)
+    named = {name: array for name, array in thawed(like, frozen).items() if dtype_of(array) in FLOATS}
     library = recognise(like=named)
     routes = {id(leaf): names for leaf, names in optimizer._route(named, remember=False)}
     return [{name: _want(library, rule, name, named[name]) for name in routes.get(id(rule.leaf), ())} for rule in rules]
