@@ -11,6 +11,8 @@ from gradstep.tree import named_arrays
 if TYPE_CHECKING:
     from gradstep.checkpoint.differences import Difference
     from gradstep.checkpoint.matching import Whose
+    from gradstep.checkpoint.nodes import Document
+    from gradstep.checkpoint.tensors import Tensors
     from gradstep.checkpoint.values import Functions
     from gradstep.optimizer import Optimizer
 
@@ -102,16 +104,13 @@ class Persistent(ABC):
             >>> gs.SGD(0.1).load(path, strict=False)
             [Difference(kind='different', where='opt', file='Adam', here='SGD')]
         """
-        from gradstep.checkpoint import checkpoint_file, restore
+        from gradstep.checkpoint import checkpoint_file
 
         whose = _checked_whose(hyperparameters)
         with checkpoint_file.opened(path) as file:
-            return self._exclusively(
-                lambda: restore.restore(
-                    self._itself, file.document, file.tensors,
-                    params=params, like=like, strict=strict, whose=whose, functions=functions or {},
-                )
-            )  # fmt: skip
+            if params is None and like is None:
+                file.warn_of_parameters(stacklevel=2)
+            return self._restore(file.document, file.tensors, params, like, strict, whose, functions)
 
     def state_dict(self) -> dict[str, Any]:
         """What `save` would put into a file, for checkpoints of your own: plain data, and arrays by key.
@@ -146,16 +145,26 @@ class Persistent(ABC):
             >>> twin.learning_rate
             0.1
         """
-        from gradstep.checkpoint import restore, snapshot
+        from gradstep.checkpoint import snapshot
 
         whose = _checked_whose(hyperparameters)
         document, tensors = snapshot.from_state_dict(state_dict)
-        return self._exclusively(
-            lambda: restore.restore(
-                self._itself, document, tensors,
-                params=None, like=like, strict=strict, whose=whose, functions=functions or {},
-            )
-        )  # fmt: skip
+        return self._restore(document, tensors, None, like, strict, whose, functions)
+
+    def _restore(
+        self, document: "Document", tensors: "Tensors", params: object, like: object, strict: bool, whose: "Whose",
+        functions: "Functions | None",
+    ) -> "list[Difference]":  # fmt: skip
+        from gradstep.checkpoint import restore, snapshot
+
+        def body() -> "list[Difference]":
+            mine = snapshot.snapshot(self._itself, {}).document.optimizer
+            return restore.restore(
+                self._itself, mine, document, tensors,
+                params=params, like=like, strict=strict, whose=whose, functions=functions or {},
+            )  # fmt: skip
+
+        return self._exclusively(body)
 
 
 def _checked_whose(hyperparameters: object) -> "Whose":

@@ -19,7 +19,7 @@ from gradstep.checkpoint.restore import restore
 from gradstep.checkpoint.snapshot import Snapshot
 from gradstep.checkpoint.tensors import FileTensors
 from gradstep.checkpoint.values import Functions
-from gradstep.errors import ArgumentTypeError, CheckpointError, OutOfRangeError
+from gradstep.errors import ArgumentTypeError, CheckpointError, ConfigurationError, OutOfRangeError
 from gradstep.optimizer import Optimizer
 from gradstep.rules.base import RuleOptimizer
 
@@ -94,10 +94,12 @@ def load(
         Lion(learning_rate=cosine_decay(init=0.0001, decay_steps=100, end=0.0), betas=(0.9, 0.99), weight_decay=0.1)
     """
     with opened(path) as file:
-        known = {rule.__name__: rule for rule in rules}
-        optimizer = make(file.document.optimizer, known, functions or {}, file.tensors.name)
+        if params is None and like is None:
+            file.warn_of_parameters(stacklevel=2)
+        node = file.document.optimizer
+        optimizer = make(node, _checked_rules(rules), functions or {}, file.tensors.name)
         restore(
-            optimizer, file.document, file.tensors,
+            optimizer, node, file.document, file.tensors,
             params=params, like=like, strict=True, whose="file", functions=functions or {},
         )  # fmt: skip
         return optimizer
@@ -110,6 +112,25 @@ class CheckpointFile(NamedTuple):
     tensors: FileTensors
     container: Container
     hashes: Mapping[str, str]
+
+    def warn_of_parameters(self, stacklevel: int) -> None:
+        """Warn that parameters are left where they are."""
+        if self.document.parameters:
+            warnings.warn(
+                f"{self.tensors.name} holds the parameters too, and they are not loaded: pass params to overwrite "
+                "yours with them, or like=params if yours are right already",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def _checked_rules(rules: Iterable[type[RuleOptimizer]]) -> dict[str, type[RuleOptimizer]]:
+    if isinstance(rules, type):
+        raise ArgumentTypeError(f"rules must be a list of classes: write [{rules.__name__}]")
+    known: dict[str, type[RuleOptimizer]] = {}
+    for rule in rules:
+        if known.setdefault(rule.__name__, rule) is not rule:
+            raise ConfigurationError(f"rules has two classes named {rule.__name__}; pass the one that the file is of")
+    return known
 
 
 @contextlib.contextmanager
