@@ -80,7 +80,7 @@ class _Matcher:
             self._match_options(here, there.options, outermost)
             self._match_rules(where, here, there)
         else:
-            self._differ(where, _kind(there), type(here).__name__)
+            self._differ(where, title_of(there), type(here).__name__)
 
     def _differ(self, where: str, file: str, here: str) -> None:
         self.found.differences.append(different(where, file, here))
@@ -105,14 +105,14 @@ class _Matcher:
         self.found.changes += [lambda name=name: setattr(here, name, getattr(checked, name)) for name in given]
 
     def _match_routes(self, where: str, here: MultiOptimizer, there: MultiNode) -> None:
-        own, other = _by_route(encode_filters(here)), _by_route([accepts for accepts, _ in there.routes])
+        own, other = by_route(encode_filters(here)), by_route([accepts for accepts, _ in there.routes])
         for route, place in own.items():
             if route not in other:
                 self.found.differences.append(missing(f"{where}[{route}]", type(here.optimizers[place]).__name__))
         for route, place in other.items():
             _, child = there.routes[place]
             if route not in own:
-                self.found.differences.append(unexpected(f"{where}[{route}]", _kind(child)))
+                self.found.differences.append(unexpected(f"{where}[{route}]", title_of(child)))
             else:
                 self.match(f"{where}[{route}]", here.optimizers[own[route]], child, outermost=False)
 
@@ -127,7 +127,7 @@ class _Matcher:
         slots = rule_arguments(family.rule)[0]
         anybody = there.family is None
         if not anybody and (there.family, there.ours) != (family.__name__, is_ours(family)):
-            self._differ(where, _kind(there), _spell(family.__name__, ours=is_ours(family)))
+            self._differ(where, title_of(there), _spell(family.__name__, ours=is_ours(family)))
             return
         if not (set(there.slots) <= set(slots) if anybody else there.slots == slots):
             self._differ(f"{where}'s slots", ", ".join(there.slots) or "none", ", ".join(slots) or "none")
@@ -153,7 +153,7 @@ class _Matcher:
         return settings
 
 
-def _by_route(filters: Iterable[Any]) -> dict[str, int]:
+def by_route(filters: Iterable[Any]) -> dict[str, int]:
     """The place of each child by its route: its filter, with a number where several have the same."""
     places: dict[str, int] = {}
     for place, accepts in enumerate(filters):
@@ -166,7 +166,7 @@ def _by_route(filters: Iterable[Any]) -> dict[str, int]:
     return places
 
 
-def _kind(node: Node) -> str:
+def title_of(node: Node) -> str:
     if isinstance(node, RuleNode):
         return _spell(node.family or "any rule", ours=node.ours)
     return "MultiOptimizer" if isinstance(node, MultiNode) else "Accumulate"
