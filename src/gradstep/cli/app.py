@@ -56,8 +56,9 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds: optimizers, schedules, parameters, slots and bytes.
 
-    Below a schedule stands its curve; the mark divides the steps that were taken from those to come. Exit codes: 0,
-    1 where --verify finds damaged tensors, 2 where the file is no checkpoint that can be read.
+    Below a schedule stands its curve; the mark divides the steps that were taken from those to come.
+
+    Exit codes: 0; 1 if --verify finds damaged tensors; 2 if the file is no checkpoint that can be read.
     """
     require("gradstep inspect", "cli", "rich")
     from gradstep.cli.checkpoint.inspecting import run_inspect
@@ -74,8 +75,9 @@ def diff(
 ) -> None:
     """Show what changed from one checkpoint to another, and by how much.
 
-    Tensors with equal hashes are not read; the others are compared in float64, and NaN equals NaN. Exit codes: 0 where
-    nothing differs, 1 where something does, 2 where a file is no checkpoint that can be read, or damaged.
+    Tensors with equal hashes are not read; the others are compared in float64, and NaN equals NaN.
+
+    Exit codes: 0 if nothing differs; 1 if something does; 2 if a file is no checkpoint that can be read.
     """
     require("gradstep diff", "cli", "rich")
     from gradstep.cli.checkpoint.diffing import run_diff

@@ -86,17 +86,19 @@ def _compare_parts(changes: list[Change], a: Part, b: Part) -> None:
         inner = [part.children[0] if node else part for part, node in zip((a, b), rounds, strict=True)]
         _compare_parts(changes, *inner)
         return
-    titles = title_of(a.node), title_of(b.node)
-    if titles[0] != titles[1]:
-        changes.append(Change(a.where, *titles))
-    _compare_values(changes, a.where, _facts(a.node), _facts(b.node))
+    facts, others = _facts(a.node), _facts(b.node)
+    if title_of(a.node) != title_of(b.node):
+        changes.append(Change(a.where, title_of(a.node), title_of(b.node)))
+        common = facts.keys() & others.keys()  # what only one of two families has is no news
+        facts, others = ({name: some[name] for name in some if name in common} for some in (facts, others))
+    _compare_values(changes, a.where, facts, others)
     _compare_children(changes, a, b)
 
 
 def _compare_rounds(changes: list[Change], where: str, a: AccumulateNode | None, b: AccumulateNode | None) -> None:
     if a is None or b is None:
         texts = [node and f"Accumulate(every={node.every})" for node in (a, b)]
-        changes.append(Change(where, texts[0], texts[1]))
+        changes.append(Change(f"{where}'s rounds", texts[0], texts[1]))
         return
     for name in ("every", "micro_step"):
         _compare_values(changes, where, {f".{name}": str(getattr(a, name))}, {f".{name}": str(getattr(b, name))})
@@ -123,9 +125,9 @@ def _facts(node: Node) -> dict[str, str]:
     if isinstance(node, RuleNode):
         facts |= {f".{name}": spelled(data) for name, data in node.hyperparameters.items()}
         facts |= {f".{one.label}, last value": moment_text(one) for one in schedules_of(node)}
-        facts |= {f".{name}": spelled(value) for name, value in node.storage.items()}
+        facts |= {f".{name}": repr(value) for name, value in node.storage.items()}
         facts |= {"'s slots": ", ".join(node.slots) or "none"}
-    return {**facts, **{f".{name}": spelled(value) for name, value in node.options.items()}}
+    return {**facts, **{f".{name}": repr(value) for name, value in node.options.items()}}
 
 
 def moment_text(scheduled: Scheduled) -> str:
@@ -196,7 +198,8 @@ def _one_sided(kind: Kind, *both: list[Parameter]) -> Change:
     sides = [[one for one in side if any(_kind(array) == kind for array in one.arrays)] for side in both]
     names = tuple(one.name for one in sides[0] or sides[1])
     texts = [f"{len(side)} tensor{'s' * (len(side) != 1)}" if side else None for side in sides]
-    return Change("saved parameters" if kind[0] == "parameter" else kind[1], texts[0], texts[1], names)
+    where = {"parameter": "saved parameters", "sum": "sums of a round"}.get(kind[0], f"slots {kind[1]}")
+    return Change(where, texts[0], texts[1], names)
 
 
 def _compare_arrays(found: Comparison, a: Parameter, b: Parameter, ignored: set[Kind]) -> None:

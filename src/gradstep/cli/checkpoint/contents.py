@@ -1,7 +1,7 @@
 """What one checkpoint holds: its tree of optimizers, and its parameters with all their arrays."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,12 +18,20 @@ Role: TypeAlias = Literal["parameter", "slot", "sum"]
 
 @dataclass(frozen=True)
 class Part:
-    """An optimizer of the tree: `where` reads as in the errors of `load`, `filter` is encoded."""
+    """An optimizer of the tree.
+
+    Attributes:
+        where: how the errors of `load` call it.
+        node: what the checkpoint says of it.
+        children: those below.
+        is_route: whether it is one of several, and has the parameters that `filter` takes, encoded.
+    """
 
     where: str
     node: Node
-    filter: object
     children: tuple["Part", ...]
+    is_route: bool = False
+    filter: object = None
 
 
 @dataclass(frozen=True)
@@ -79,18 +87,17 @@ def contents_of(file: CheckpointFile) -> Contents:
     return Contents(file.container.path, file.container.size, file.document.version, tree, tuple(_parameters(file)))
 
 
-def part_of(node: Node, where: str = "opt", accepts: object = None) -> Part:
+def part_of(node: Node, where: str = "opt") -> Part:
     """The tree of a document."""
-    children: list[Part] = []
     if isinstance(node, AccumulateNode):
-        children = [part_of(node.optimizer, where)]
-    elif isinstance(node, MultiNode):
-        filters = [accepts for accepts, _ in node.routes]
-        children = [
-            part_of(node.routes[place][1], f"{where}[{route}]", filters[place])
-            for route, place in by_route(filters).items()
-        ]
-    return Part(where, node, accepts, tuple(children))
+        return Part(where, node, (part_of(node.optimizer, where),))
+    if not isinstance(node, MultiNode):
+        return Part(where, node, ())
+    children: list[Part] = []
+    for route, place in by_route([accepts for accepts, _ in node.routes]).items():
+        accepts, child = node.routes[place]
+        children.append(replace(part_of(child, f"{where}[{route}]"), is_route=True, filter=accepts))
+    return Part(where, node, tuple(children))
 
 
 def all_parts(part: Part) -> Iterator[Part]:

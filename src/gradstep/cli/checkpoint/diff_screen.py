@@ -30,10 +30,12 @@ def show(difference: Difference, screen: Console, everything: bool) -> None:
 
 def _summary(difference: Difference) -> str:
     changed, same = len(difference.changed), difference.same
-    if not changed and not difference.changes:
+    if difference.is_empty:
         text = f"Nothing differs: {same:,} tensor{'s' * (same != 1)} and all that is said of them are equal."
+    elif not changed and not same:
+        text = "They have no tensors in common."
     else:
-        text = f"{changed:,} of {changed + same:,} tensors that both have differ."
+        text = f"{changed:,} of the {changed + same:,} tensors of both differ."
     if difference.other_bits:
         text += f" {difference.other_bits:,} of the equal ones have other bits: signs of zero, or kinds of NaN."
     return text

@@ -9,7 +9,7 @@ from gradstep.cli.checkpoint.contents import contents_of
 from gradstep.cli.checkpoint.diff_screen import show
 from gradstep.cli.checkpoint.measuring import Measure, measure
 from gradstep.cli.checkpoint.opening import opened
-from gradstep.cli.checkpoint.screen import Reading, console, print_json
+from gradstep.cli.checkpoint.screen import Reading, console, on_terminal, print_json
 
 
 def run_diff(first: Path, second: Path, *, as_json: bool, everything: bool) -> int:
@@ -27,8 +27,7 @@ def run_diff(first: Path, second: Path, *, as_json: bool, everything: bool) -> i
     if as_json:
         print_json(plain.difference(difference))
     else:
-        screen = console()
-        show(difference, screen, everything or not screen.is_terminal)
+        show(difference, console(), everything or not on_terminal())
     return 0 if difference.is_empty else 1
 
 

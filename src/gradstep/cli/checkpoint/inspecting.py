@@ -6,7 +6,7 @@ from gradstep.cli.checkpoint.contents import contents_of
 from gradstep.cli.checkpoint.inspection_screen import show, show_verification
 from gradstep.cli.checkpoint.opening import opened
 from gradstep.cli.checkpoint.plain import inspection
-from gradstep.cli.checkpoint.screen import console, print_json
+from gradstep.cli.checkpoint.screen import console, on_terminal, print_json
 from gradstep.cli.checkpoint.verification import verified
 
 
@@ -20,7 +20,7 @@ def run_inspect(path: Path, *, verify: bool, as_json: bool, everything: bool) ->
         print_json(document)
     else:
         screen = console()
-        show(contents, screen, everything or not screen.is_terminal)
+        show(contents, screen, everything=everything or not on_terminal(), repeated=not on_terminal())
         if verification is not None:
             show_verification(verification, screen)
     return 1 if verification is not None and verification.damaged else 0

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -13,24 +13,38 @@ from rich.tree import Tree
 from gradstep.checkpoint.matching import title_of
 from gradstep.checkpoint.nodes import FORMAT, AccumulateNode, RuleNode
 from gradstep.cli.checkpoint.contents import Array, Contents, Parameter, Part, all_parts, changed_options, totals
-from gradstep.cli.checkpoint.schedules import Scheduled, schedules_of
+from gradstep.cli.checkpoint.schedules import POINTS, Scheduled, schedules_of
 from gradstep.cli.checkpoint.screen import ROWS, table
 from gradstep.cli.checkpoint.sparkline import sparkline
 from gradstep.cli.checkpoint.spelling import kind_of, printable, spelled
 from gradstep.cli.checkpoint.verification import Verification
 from gradstep.cli.numbers import bytes_text
 
+FEWEST_POINTS = 8  # of a curve
+BESIDE = 44  # columns, at most, that stand beside a curve
 
-def show(contents: Contents, screen: Console, everything: bool) -> None:
-    """All of it; long tables in short unless `everything` is asked for."""
+
+class _Drawing(NamedTuple):
+    """How curves are drawn."""
+
+    points: int
+    ascii_only: bool
+
+
+def show(contents: Contents, screen: Console, *, everything: bool, repeated: bool) -> None:
+    """All of it; long tables in short unless `everything` is asked for.
+
+    Names are `repeated` on each of their lines where these may be searched.
+    """
+    drawing = _Drawing(max(FEWEST_POINTS, min(POINTS, screen.width - BESIDE)), screen.options.ascii_only)
     screen.print(Text(printable(str(contents.path)), "bold"), soft_wrap=True)
     screen.print(f"{_bytes(contents.size)}, written by gradstep {printable(contents.version)}, format {FORMAT}\n")
-    screen.print(_tree(contents.tree, screen.options.ascii_only))
+    screen.print(_tree(contents.tree, drawing))
     screen.print()
     if not contents.parameters:
         screen.print("No parameters yet.")
         return
-    _show_parameters(contents, screen, everything)
+    _show_parameters(contents, screen, everything, repeated)
     if contents.arrays:
         _show_totals(contents, screen)
     else:
@@ -57,19 +71,19 @@ def _bytes(count: int) -> str:
     return f"{bytes_text(count)} ({count:,} bytes)" if count >= 1000 else _count(count, "byte")
 
 
-def _tree(part: Part, ascii_only: bool) -> Tree:
-    tree = Tree(_optimizer(part, ascii_only), guide_style="dim")
+def _tree(part: Part, drawing: _Drawing) -> Tree:
+    tree = Tree(_optimizer(part, drawing), guide_style="dim")
     stack = [(tree, part)]
     while stack:
         branch, above = stack.pop()
-        stack += [(branch.add(_optimizer(child, ascii_only)), child) for child in above.children]
+        stack += [(branch.add(_optimizer(child, drawing)), child) for child in above.children]
     return tree
 
 
-def _optimizer(part: Part, ascii_only: bool) -> Group:
+def _optimizer(part: Part, drawing: _Drawing) -> Group:
     node = part.node
     title = Text()
-    if part.where.endswith("]"):
+    if part.is_route:
         route = "the rest" if part.filter is None else spelled(part.filter)
         title.append(f"{route}: ", "dim")
     title.append(printable(title_of(node)), "bold cyan")
@@ -84,32 +98,32 @@ def _optimizer(part: Part, ascii_only: bool) -> Group:
         scheduled = schedules_of(node)
         for name, data in node.hyperparameters.items():
             own = [one for one in scheduled if one.hyperparameter == name]
-            values.add_row(Text(printable(name)), Text("\n").join(_value(data, own, node.step, ascii_only)))
+            values.add_row(Text(printable(name)), Text("\n").join(_value(data, own, node.step, drawing)))
     for name, value in changed_options(node).items():
-        values.add_row(Text(name), Text(spelled(value)))
+        values.add_row(Text(printable(name)), Text(repr(value)))
     return Group(title, values) if values.row_count else Group(title)
 
 
-def _value(data: Any, scheduled: Sequence[Scheduled], step: int, ascii_only: bool) -> Iterator[Text]:
+def _value(data: Any, scheduled: Sequence[Scheduled], step: int, drawing: _Drawing) -> Iterator[Text]:
     """The lines of a hyperparameter: each of its values, and below it what follows a schedule."""
     if kind_of(data) == "globs":
         for glob, part in data["globs"].items():
             yield Text(f"{glob!r}: {spelled(part)}")
             for one in scheduled:
                 if one.glob == glob:
-                    yield from _schedule(one, step, ascii_only)
+                    yield from _schedule(one, step, drawing)
     else:
         yield Text(spelled(data))
         for one in scheduled:
-            yield from _schedule(one, step, ascii_only)
+            yield from _schedule(one, step, drawing)
 
 
-def _schedule(scheduled: Scheduled, step: int, ascii_only: bool) -> Iterator[Text]:
+def _schedule(scheduled: Scheduled, step: int, drawing: _Drawing) -> Iterator[Text]:
     place = "" if scheduled.place is None else f"[{scheduled.place}] "
-    curve = scheduled.curve(step)
+    curve = scheduled.curve(step, drawing.points)
     facts = _last(scheduled)
     if curve is not None:
-        line = sparkline(curve, step, ascii_only)
+        line = sparkline(curve, step, drawing.ascii_only)
         yield Text.assemble(
             place, f"{curve.values[0]:.4g} ", (line.taken, "cyan"), (line.mark, "bold yellow"), (line.coming, "dim"),
             f" {curve.values[-1]:.4g}",
@@ -166,7 +180,7 @@ def _grouped(parameters: Sequence[Parameter]) -> list[_Shown]:
     return list(alike.values())
 
 
-def _show_parameters(contents: Contents, screen: Console, everything: bool) -> None:
+def _show_parameters(contents: Contents, screen: Console, everything: bool, repeated: bool) -> None:
     shown = [_Shown([one]) for one in contents.parameters]
     notes: list[str] = []
     if not everything and _lines(shown) >= ROWS:
@@ -185,7 +199,7 @@ def _show_parameters(contents: Contents, screen: Console, everything: bool) -> N
         elif own and part and len(parts) > 1:
             screen.print(Text(f"{part.where}: {printable(title_of(part.node))}", "bold cyan"))
         if own:
-            screen.print(_parameters(own, repeated=not screen.is_terminal))
+            screen.print(_parameters(own, repeated))
             screen.print()
     if notes:
         screen.print(Text(f"{' '.join(notes)} --all shows each.\n", "yellow"))
@@ -195,8 +209,7 @@ def _lines(shown: Sequence[_Shown]) -> int:
     return sum(group.lines for group in shown)
 
 
-def _parameters(shown: Sequence[_Shown], *, repeated: bool) -> Table:
-    """A line for each array; names are `repeated` where lines may be searched for them."""
+def _parameters(shown: Sequence[_Shown], repeated: bool) -> Table:
     made = table("parameter", "steps", "array", "dtype", "shape", "bytes", numbers=("steps", "bytes"))
     for group in shown:
         steps = "-" if group.first.steps is None else f"{group.first.steps}"

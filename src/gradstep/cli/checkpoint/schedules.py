@@ -50,7 +50,7 @@ class Scheduled:
         indices = [repr(index) for index in (self.glob, self.place) if index is not None]
         return self.hyperparameter + "".join(f"[{index}]" for index in indices)
 
-    def curve(self, step: int) -> Curve | None:
+    def curve(self, step: int, points: int = POINTS) -> Curve | None:
         """The curve as step number `step` is to come; None where the file only names a function.
 
         Raises:
@@ -60,7 +60,7 @@ class Scheduled:
             return None
         schedule = Decoder({}).decode(self.label, self.data)
         horizon = max(_length(schedule), 2 * step)
-        count = min(POINTS, horizon + 1)
+        count = min(points, horizon + 1)
         steps = tuple(place * horizon // (count - 1) for place in range(count))
         return Curve(steps, tuple(_value(schedule, at) for at in steps), _value(schedule, step))
 

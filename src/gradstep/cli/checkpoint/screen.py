@@ -11,11 +11,17 @@ from rich.table import Table
 
 UNBOUNDED = 100_000  # columns where there is no terminal
 ROWS = 60  # of a table that a terminal gets without being asked
+QUICK = 1 << 26  # bytes that nobody waits for
+
+
+def on_terminal() -> bool:
+    """Whether stdout is a terminal, and not a file or another program."""
+    return sys.stdout.isatty()
 
 
 def console() -> Console:
     """The console for stdout, as wide as what is printed where that is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else UNBOUNDED, highlight=False)
+    return Console(width=None if on_terminal() else UNBOUNDED, highlight=False)
 
 
 def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -32,13 +38,13 @@ def print_json(content: Any) -> None:
 
 
 class Reading:
-    """A bar of bytes on stderr while files are read, where that is a terminal."""
+    """A bar of bytes on stderr while much is read, where that is a terminal."""
 
     def __init__(self, what: str, total: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
         self._progress = Progress(
             *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=total < QUICK or not sys.stderr.isatty(),
         )  # fmt: skip
         self._task = self._progress.add_task(what, total=total)
 

@@ -1,6 +1,6 @@
 """Plain data of a checkpoint as a person would write it in Python, and names as a terminal can bear them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 
@@ -24,11 +24,14 @@ def spelled(data: Any) -> str:
     if kind == "function":
         return printable(str(data["function"]))
     if kind == "schedule":
-        given = ", ".join(f"{name}={spelled(value)}" for name, value in data.items() if name != "schedule")
+        given = ", ".join(f"{name}={_argument(value)}" for name, value in data.items() if name != "schedule")
         return f"{data['schedule']}({given})"
-    if isinstance(data, (list, tuple)):
-        return f"[{', '.join(spelled(part) for part in cast('Sequence[Any]', data))}]"
     return repr(data)
+
+
+def _argument(value: Any) -> str:
+    """An argument of a schedule, which may be a list of others."""
+    return f"[{', '.join(map(spelled, cast('list[Any]', value)))}]" if isinstance(value, list) else spelled(value)
 
 
 def kind_of(data: Any) -> str | None:
