@@ -128,6 +128,37 @@ def test_only_what_changed_is_listed(command: Run, tmp_path: Path):
     assert found["equal_tensors"] == 1
 
 
+def test_other_parameters_alone_are_a_difference(command: Run, tmp_path: Path):
+    optimizer = gs.SGD(0.1)
+    optimizer.init({"w": np.zeros(1, np.float32)})
+    for name, value in (("a", 1), ("b", 2)):
+        optimizer.save(tmp_path / name, {"w": np.array([value], np.float32)})
+    ended = command("diff", tmp_path / "a", tmp_path / "b")
+    assert ended.code == 1
+    assert ["w", "parameter", "1", "1", "1 of 1"] in rows(ended.output)
+
+
+def test_the_same_bytes_of_another_dtype_are_other_numbers(command: Run, tmp_path: Path):
+    optimizer, array = gs.SGD(0.1), np.array([1.0, 2.0], np.float16)
+    optimizer.init({"w": array})
+    optimizer.save(tmp_path / "a", {"w": array})
+    optimizer.save(tmp_path / "b", {"w": array.view(ml_dtypes.bfloat16)})
+    assert changes(command, tmp_path / "a", tmp_path / "b") == {"parameter of 'w'": ("float16 (2,)", "bfloat16 (2,)")}
+    (one,) = json.loads(command("diff", tmp_path / "a", tmp_path / "b", "--json").output)["tensors"]
+    assert (one["differing"], one["largest"]) == (1, 1 - 2**-7)
+
+
+def test_infinite_differences_are_json_too(command: Run, tmp_path: Path):
+    optimizer = gs.SGD(0.1)
+    optimizer.init({"w": np.zeros(1, np.float32)})
+    for name, value in (("a", np.nan), ("b", 2)):
+        optimizer.save(tmp_path / name, {"w": np.array([value, 1], np.float32)})
+    ended = command("diff", tmp_path / "a", tmp_path / "b", "--json")
+    (one,) = json.loads(ended.output)["tensors"]
+    assert (ended.code, one["largest"], one["relative"], one["differing"]) == (1, "inf", "inf", 1)
+    assert ["w", "parameter", "inf", "inf", "1 of 2"] in rows(command("diff", tmp_path / "a", tmp_path / "b").output)
+
+
 def test_codes_are_compared_as_codes(command: Run, tmp_path: Path):
     optimizer, params = gs.Adam(0.1, slot_dtype="int8"), parameters({"w": (600,)})
     first, second = saved(tmp_path / "a", optimizer, params, 2), saved(tmp_path / "b", optimizer, params, 1)
