@@ -222,6 +222,17 @@ def test_other_routes(command: Run, tmp_path: Path):
     assert changes(command, tmp_path / "a", tmp_path / "c") == {"opt['*x']": ("SGD", None)}
 
 
+def test_a_glob_and_a_function_of_one_name_are_different(command: Run, tmp_path: Path):
+    def bias(name: str, _: object) -> bool:
+        return name == "bias"
+
+    bias.__qualname__ = "bias"
+    for file, accepts in (("a", "bias"), ("b", bias)):
+        gs.MultiOptimizer([gs.SGD(0.1), gs.SGD(0.2)], [accepts]).save(tmp_path / file)
+    found = changes(command, tmp_path / "a", tmp_path / "b")
+    assert found == {"opt['bias']'s filter": ("the glob 'bias'", "the function bias")}
+
+
 def test_rounds(command: Run, tmp_path: Path):
     optimizer, params = gs.Accumulate(gs.SGD(0.1), every=4), parameters()
     a = saved(tmp_path / "a", optimizer, params, 1)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -433,9 +432,9 @@ def test_fewer_than_sixty_rows_are_all_shown(tmp_path: Path):
     assert "--all" not in text
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_real_terminal_is_obeyed(tmp_path: Path):
     path = saved(tmp_path / "run", gs.Adam(0.1), parameters(BLOCKS), 1)
+    pty = pytest.importorskip("pty")
     reader, terminal = pty.openpty()
     variables = {**environment(), "COLUMNS": "80", "TERM": "xterm-256color", "NO_COLOR": "1"}
     process = subprocess.Popen([sys.executable, "-c", MAIN, "inspect", path], env=variables, stdout=terminal)

@@ -9,7 +9,7 @@ from gradstep.checkpoint.nodes import AccumulateNode, Node, RuleNode
 from gradstep.cli.checkpoint.contents import Array, Contents, Parameter, Part
 from gradstep.cli.checkpoint.measuring import Measure
 from gradstep.cli.checkpoint.schedules import Scheduled, schedules_of
-from gradstep.cli.checkpoint.spelling import spelled
+from gradstep.cli.checkpoint.spelling import kind_of, spelled
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def _compare_children(changes: list[Change], a: Part, b: Part) -> None:
     routes, others = ({child.where: child for child in part.children} for part in (a, b))
     for where, child in routes.items():
         if where in others:
+            _compare_values(changes, where, _filter(child), _filter(others[where]))
             _compare_parts(changes, child, others[where])
         else:
             changes.append(Change(where, title_of(child.node), None))
@@ -115,6 +116,11 @@ def _compare_children(changes: list[Change], a: Part, b: Part) -> None:
     common = [[where for where in some if where in rest] for some, rest in ((routes, others), (others, routes))]
     if common[0] != common[1]:
         changes.append(Change(f"{a.where}'s order of filters", ", ".join(common[0]), ", ".join(common[1])))
+
+
+def _filter(part: Part) -> dict[str, str]:
+    """A glob and a function may have one name."""
+    return {"'s filter": f"the {kind_of(part.filter) or 'rest'} {spelled(part.filter)}"}
 
 
 def _facts(node: Node) -> dict[str, str]:
