@@ -44,8 +44,8 @@ class Persistent(ABC):
             path: where; the folder must exist.
             params: parameters to be saved too, by name or nested like those of a step; other arrays may be among
                 them, such as `model.state_dict()` has. Default: none.
-            keep: how many files to keep: this one, and the ones before as `name.1.suffix`, `name.2.suffix` and so on.
-                Default: this one.
+            keep: how many files to keep: this one, and the ones before as `name.1.suffix`, `name.2.suffix` and so on,
+                which overwrite what has these names. Default: this one.
 
         Raises:
             OSError: the file cannot be written; the old one is still there.
@@ -73,12 +73,15 @@ class Persistent(ABC):
         """Go on from a file that `save` wrote, bit for bit; wholly or, on any error, not at all.
 
         Names, shapes, slots, dtypes, the tree of optimizers, their families and storage are compared with this
-        optimizer, and with `params` or `like` where they are given; every array is verified. Without parameters to
-        compare with, the first step checks that it brings no others than the file has.
+        optimizer, and with `params` or `like` where they are given; every array that is loaded is verified. Without
+        parameters to compare with, the first step checks that it brings no others than the file has. (Parameters in
+        memory are verified, then read again into their place: only a disk that fails in between leaves some of
+        them old.)
 
         Args:
             path: the file.
-            params: parameters to be overwritten with those of the file. Default: the file's are left alone.
+            params: parameters to be overwritten with those of the file. Default: the file's are left alone, with a
+                warning if `like` is not given either.
             like: parameters, of whose library and in whose layout and place the state is made. Default: `params`, or
                 else those of the next step.
             strict: whether anything missing, unexpected or different is an error. If not, what fits is loaded: a
@@ -95,13 +98,14 @@ class Persistent(ABC):
             MismatchError: the file does not fit; lists all differences.
             CheckpointError: the file is damaged, or no checkpoint.
             ConfigurationError: the file names a function that neither the optimizer nor `functions` has.
+            ReadOnlyError, DtypeError: `params` cannot be written, or have a dtype that cannot be trained.
             OSError: the file cannot be read.
 
         Example:
             >>> import gradstep as gs, numpy as np, tempfile
             >>> path, params = tempfile.mkdtemp() + "/run.safetensors", {"w": np.zeros(2, np.float32)}
             >>> gs.Adam(0.1).save(path, params)
-            >>> gs.SGD(0.1).load(path, strict=False)
+            >>> gs.SGD(0.1).load(path, params, strict=False)
             [Difference(kind='different', where='opt', file='Adam', here='SGD')]
         """
         from gradstep.checkpoint import checkpoint_file
@@ -117,7 +121,8 @@ class Persistent(ABC):
 
         Returns:
             A dict with `"gradstep"`, which is made of dicts, lists, texts, numbers and None, and `"tensors"`, the live
-            arrays: the next step changes those of NumPy and PyTorch. `copy.deepcopy` makes a snapshot of it.
+            arrays: the next step changes those of NumPy and PyTorch, and with `donate=True` it deletes those of JAX.
+            `copy.deepcopy` makes a snapshot of it.
 
         Example:
             >>> import gradstep as gs, numpy as np

@@ -92,7 +92,7 @@ class _Matcher:
             self._match_options(here, there.options, outermost)
             self._match_rules(where, here, there)
         else:
-            self._differ(where, _kind(there), _kind(mine))
+            self._differ(where, title_of(there), title_of(mine))
 
     def _differ(self, where: str, file: str, here: str) -> None:
         self.found.differences.append(different(where, file, here))
@@ -117,7 +117,7 @@ class _Matcher:
 
     def _match_routes(self, where: str, here: MultiOptimizer, mine: MultiNode, there: MultiNode) -> None:
         self.found.changes.append(lambda: here._go_on_from(there.step))  # everybody, also who is not there
-        own, other = _by_route(mine), _by_route(there)
+        own, other = by_route(mine), by_route(there)
         for route, place in own.items():
             child, (_, node) = here.optimizers[place], mine.routes[place]
             if route in other:
@@ -125,17 +125,17 @@ class _Matcher:
                 self.decoder.use(accepts)
                 self.match(f"{where}[{route}]", child, node, counterpart, outermost=False)
             else:
-                self.found.differences.append(missing(f"{where}[{route}]", _kind(node)))
+                self.found.differences.append(missing(f"{where}[{route}]", title_of(node)))
         for route, place in other.items():
             if route not in own:
-                self.found.differences.append(unexpected(f"{where}[{route}]", _kind(there.routes[place][1])))
+                self.found.differences.append(unexpected(f"{where}[{route}]", title_of(there.routes[place][1])))
 
     def _match_rules(self, where: str, here: RuleOptimizer, there: RuleNode) -> None:
         family, leaf = type(here), here._leaf
         slots = rule_arguments(family.rule)[0]
         anybody = there.family is None
         if not anybody and (there.family, there.ours) != (family.__name__, is_ours(family)):
-            self._differ(where, _kind(there), _spell(family.__name__, ours=is_ours(family)))
+            self._differ(where, title_of(there), _spell(family.__name__, ours=is_ours(family)))
             return
         if not (set(there.slots) <= set(slots) if anybody else there.slots == slots):
             self._differ(f"{where}'s slots", ", ".join(there.slots) or "none", ", ".join(slots) or "none")
@@ -162,11 +162,12 @@ class _Matcher:
         return settings
 
 
-def _by_route(node: MultiNode) -> dict[str, int]:
+def by_route(node: MultiNode) -> dict[str, int]:
     """The place of each child by its route: its filter, with a number where several have the same."""
     places: dict[str, int] = {}
     for place, (accepts, _) in enumerate(node.routes):
-        stem, number = "the rest" if accepts is None else f"{accepts['kind']} {accepts['name']!r}", 1
+        stem, number = "the rest" if accepts is None else accepts["name"], 1
+        stem = repr(stem) if accepts is not None and accepts["kind"] == "glob" else stem
         route = stem
         while route in places:
             number += 1
@@ -175,7 +176,8 @@ def _by_route(node: MultiNode) -> dict[str, int]:
     return places
 
 
-def _kind(node: Node) -> str:
+def title_of(node: Node) -> str:
+    """What an optimizer is called in messages."""
     if isinstance(node, RuleNode):
         return _spell(node.family or "any rule", ours=node.ours)
     return "MultiOptimizer" if isinstance(node, MultiNode) else "Accumulate"

@@ -98,6 +98,11 @@ def rule_nodes(node: Node) -> list[RuleNode]:
     return [leaf for _, child in node.routes for leaf in rule_nodes(child)]
 
 
+def step_of(node: Node) -> int:
+    """How many steps have been taken."""
+    return step_of(node.optimizer) if isinstance(node, AccumulateNode) else node.step
+
+
 def keys_of(node: Node) -> set[str]:
     """The keys of the state and the sums of all optimizers."""
     if isinstance(node, RuleNode):

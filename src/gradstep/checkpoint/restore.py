@@ -57,7 +57,7 @@ def restore(
         for change in matching.changes:
             change()
         for successor in successors:
-            successor.adopt(comparison.names if strict else None)
+            successor.adopt(frozenset(document.stateless) if strict and comparison.names is not None else None)
         for member in optimizer._family():
             member._begin_again(comparison.names or frozenset())
         if isinstance(optimizer, Accumulate):

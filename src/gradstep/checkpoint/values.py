@@ -162,13 +162,17 @@ def _stand_in(_: int) -> float:
 
 def name_of(value: Any) -> str:
     """What a function is called; how an object without a name reads, or its type where that differs each time."""
+    kind = type(value).__qualname__
     if isinstance(value, functools.partial):
-        made: functools.partial[Any] = value
-        keywords = [f"{key}={part!r}" for key, part in made.keywords.items()]
-        text = f"partial({', '.join([name_of(made.func), *map(repr, made.args), *keywords])})"
+        text = _partial_name(cast("functools.partial[Any]", value))
     else:
         text = str(getattr(value, "__qualname__", None) or repr(value))
-    return type(value).__qualname__ if " at 0x" in text or len(text) > LONGEST else text
+    return kind if " at 0x" in text or len(text) > LONGEST else text
+
+
+def _partial_name(value: "functools.partial[Any]") -> str:
+    keywords = [f"{key}={part!r}" for key, part in value.keywords.items()]
+    return f"partial({', '.join([name_of(value.func), *map(repr, value.args), *keywords])})"
 
 
 def _is_same(first: Any, second: Any) -> bool:
