@@ -96,8 +96,9 @@ def from_optax(state: object) -> dict[str, Any]:
     if not slots:
         raise ConfigurationError(f"from_optax: {found.where} has no slots, so there is nothing to go on from")
     counts = [whole_number(owner.count, f"the count of {where}") for where, owner in _counters(jax, state)]
-    own = getattr(found.state, "count", None)
-    count = max(counts, default=1) if own is None else whole_number(own, f"the count of {found.where}")
+    count = max(counts, default=1)
+    if "count" in found.state._fields:
+        count = whole_number(found.state.count, f"the count of {found.where}")
     entries = {name: Entry(count, arrays) for name, arrays in slots.items()}
     kept = dict.fromkeys(slot for arrays in slots.values() for slot in arrays)
     return state_dict_of(None, list(kept), max([count, *counts]), entries)
@@ -167,7 +168,7 @@ def _the_one(jax: Any, state: object, bridge: str) -> Found:
 def _states(jax: Any, node: Any, where: str = "state") -> Iterable[tuple[str, Any]]:
     """All named tuples, down to those that hold slots, with their places."""
     fields: tuple[str, ...] = getattr(node, "_fields", ())
-    if fields:
+    if hasattr(node, "_fields"):
         yield f"{where} ({type(node).__name__})", node
     if frozenset(fields) not in LAYOUTS:
         for path, child in _children(jax, node):
@@ -231,7 +232,7 @@ def _check_alike(held: Copied, slots: Slots, where: str) -> None:
     for name, slot in dict.fromkeys([*ours, *theirs]):
         both = [_shape(arrays.get((name, slot))) for arrays in (ours, theirs)]
         if both[0] != both[1]:
-            lines.append(f"  {name!r}'s {slot}: {both[0]} in the optimizer, {both[1]} in the state of optax")
+            lines.append(f"  state[{name!r}][{slot!r}]: {both[0]} in the optimizer, {both[1]} in the state of optax")
     if lines:
         raise MismatchError("\n".join([f"the optimizer's state does not fit {where}:", *lines]))
 
