@@ -1,4 +1,4 @@
-"""Proves that optax's transformations go on in the core and back, where formulas are shared, and that nothing else does."""
+"""Proves that optax's transformations go on in the core and back where formulas are shared, and no others do."""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ pytest.importorskip("optax")
 import jax
 import jax.numpy as jnp
 import optax
-
-import gradstep as gs
-import gradstep.optax
 from bridging import AFTER, BEFORE, Named, assert_close, continued
 from bridging import grads as grads_of
 from bridging import params as params_of
+
+import gradstep as gs
+import gradstep.optax
 
 SHAPES = {"layers.0.weight": (4, 3), "layers.0.bias": (4,)}
 
@@ -40,7 +40,10 @@ SHARED: dict[str, tuple[Any, Any]] = {
         optax.sgd(optax.linear_schedule(0.1, 0.0, 10), momentum=0.9),
         lambda: gs.SGD(gs.linear_schedule(0.1, 0.0, 10), **MOMENTUM),
     ),
-    "rmsprop": (optax.rmsprop(0.01, decay=0.8, eps=1e-3, eps_in_sqrt=False), lambda: gs.RMSprop(0.01, alpha=0.8, eps=1e-3)),
+    "rmsprop": (
+        optax.rmsprop(0.01, decay=0.8, eps=1e-3, eps_in_sqrt=False),
+        lambda: gs.RMSprop(0.01, alpha=0.8, eps=1e-3),
+    ),
     "adagrad": (optax.adagrad(0.1, eps=1e-30), lambda: gs.Adagrad(0.1, eps=1e-30)),
     "adadelta": (optax.adadelta(0.7, rho=0.8, eps=1e-3), lambda: gs.AdaDelta(0.7, rho=0.8, eps=1e-3)),
     "gradstep adamw": (gradstep.optax.adamw(0.01, weight_decay=0.3), lambda: gs.AdamW(0.01, weight_decay=0.3, **ADAM)),
@@ -51,7 +54,9 @@ SHARED: dict[str, tuple[Any, Any]] = {
         lambda: gs.Adamax(0.01, clip_norm=1.0),
     ),
 }  # fmt: skip
-CORRECTED = {"atol": 1e-6}  # optax computes 1 - 0.999**t in float32, which is off by 3e-5: of a rate of 0.01, over 7 steps
+CORRECTED = {
+    "atol": 1e-6
+}  # optax computes 1 - 0.999**t in float32, which is off by 3e-5: of a rate of 0.01, over 7 steps
 LOOSE = {
     "adam": CORRECTED, "adamw": CORRECTED, "scheduled": CORRECTED, "clipped": CORRECTED, "injected": CORRECTED,
     "sgd, scheduled": {"atol": 1e-6},  # the rate is float32 in optax
@@ -161,9 +166,9 @@ def test_masked_parameters_have_no_state():
     expected, _ = taken(tx, state, middle, BEFORE, BEFORE + AFTER)
     found = continued(opt, moving, BEFORE, BEFORE + AFTER)
     assert_close(found, {n: w for n, w in expected.items() if mask[n]}, **CORRECTED)
-    with pytest.raises(gs.MismatchError, match="no state for 'layers.0.bias'"):
-        opt.load_state_dict(gs.from_optax(state), hyperparameters="mine")
-        opt.frozen = ()
+    opt.load_state_dict(gs.from_optax(state))
+    opt.frozen = ()
+    with pytest.raises(gs.MismatchError, match=r"no state for 'layers\.0\.bias'"):
         continued(opt, middle, 0, 1)
 
 
@@ -217,7 +222,9 @@ def test_a_state_without_slots_is_refused():
 
 def test_several_states_with_slots_are_refused_and_named():
     _, state = begun(partitioned())
-    with pytest.raises(gs.ConfigurationError, match=r"got 2: state\.inner_states\['adam'\].*ScaleByAdamState.*TraceState"):
+    with pytest.raises(
+        gs.ConfigurationError, match=r"got 2: state\.inner_states\['adam'\].*ScaleByAdamState.*TraceState"
+    ):
         gs.from_optax(state)
     with pytest.raises(gs.ConfigurationError, match="got 2"):
         gs.to_optax(gs.Adam(0.1, bias_correction=True), state)

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
+from bridging import AFTER, BEFORE, SHAPES, Named, assert_close, continued, grads, params
 
 import gradstep as gs
 import gradstep.torch
-from bridging import AFTER, BEFORE, SHAPES, Named, assert_close, continued, grads, params
 
 ADAM = {"bias_correction": True}
 SHARED: list[Any] = [
@@ -72,7 +74,10 @@ def test_the_core_goes_on_where_torch_left_off(torch_class: Any, arguments: Any,
     expected = taken(theirs, weights, BEFORE, BEFORE + AFTER)
 
     opt = family(0.5, **own)
-    assert opt.load_state_dict(gs.from_torch(state_dict, list(SHAPES)), like={n: array(w) for n, w in middle.items()}) == []
+    assert (
+        opt.load_state_dict(gs.from_torch(state_dict, list(SHAPES)), like={n: array(w) for n, w in middle.items()})
+        == []
+    )
     assert_close(continued(opt, middle, BEFORE, BEFORE + AFTER, array), expected)
 
 
@@ -309,16 +314,14 @@ def test_muon_is_refused_both_ways():
     with pytest.raises(gs.ConfigurationError, match=r"Muon cannot.*gradstep\.torch\.Muon"):
         gs.from_torch(torch.optim.Muon([torch.nn.Parameter(torch.ones(2, 2))]).state_dict(), ["w"])
     for family in (gs.Muon, gs.Adafactor, gs.Adamax):
-        with pytest.raises(gs.ConfigurationError, match=f"{family.__name__} cannot go on in torch.*gradstep.torch"):
+        with pytest.raises(gs.ConfigurationError, match=rf"{family.__name__} cannot go on in torch.*gradstep\.torch"):
             gs.to_torch(family(0.1))
 
 
 def test_configuration_in_which_groups_differ_is_refused():
     weights = list(parameters(params()).values())
-    theirs = torch.optim.SGD(
-        [{"params": weights[:1], "nesterov": True}, {"params": weights[1:]}], lr=0.1, momentum=0.9
-    )
-    with pytest.raises(gs.ConfigurationError, match="differ in nesterov.*MultiOptimizer"):
+    theirs = torch.optim.SGD([{"params": weights[:1], "nesterov": True}, {"params": weights[1:]}], lr=0.1, momentum=0.9)
+    with pytest.raises(gs.ConfigurationError, match=r"differ in nesterov.*MultiOptimizer"):
         gs.from_torch(theirs.state_dict(), SHAPES)
 
 
@@ -350,7 +353,7 @@ def test_what_is_no_state_dict_of_torch_is_refused():
             gs.from_torch(wrong, SHAPES)  # pyright: ignore
     with pytest.raises(gs.ConfigurationError, match="no param groups"):
         gs.from_torch({"state": {}, "param_groups": []}, [])
-    with pytest.raises(gs.ConfigurationError, match="no class of torch.optim: they have 'lr', 'params'"):
+    with pytest.raises(gs.ConfigurationError, match=r"no class of torch\.optim: they have 'lr', 'params'"):
         gs.from_torch({"state": {}, "param_groups": [{"lr": 1, "params": [0]}]}, ["w"])
 
 
@@ -358,7 +361,7 @@ def test_an_adam_of_an_old_torch_is_refused_because_it_may_be_adamw():
     theirs, _ = adamw(lr=0.1)
     state_dict = theirs.state_dict()
     del state_dict["param_groups"][0]["decoupled_weight_decay"]
-    with pytest.raises(gs.ConfigurationError, match="lack 'decoupled_weight_decay'.*torch.optim.AdamW"):
+    with pytest.raises(gs.ConfigurationError, match=r"lack 'decoupled_weight_decay'.*torch.optim.AdamW"):
         gs.from_torch(state_dict, SHAPES)
 
 
@@ -420,10 +423,10 @@ def test_names_for_torch_must_cover_the_state():
     opt = stepped(gs.Adagrad(0.1))
     with pytest.raises(gs.MismatchError, match="names lacks 'w'"):
         gs.to_torch(opt, ["v"])
-    with pytest.raises(gs.ConfigurationError, match="Adagrad needs state for every parameter.*'v'"):
+    with pytest.raises(gs.ConfigurationError, match=r"Adagrad needs state for every parameter.*'v'"):
         gs.to_torch(opt, ["w", "v"])
     opt = stepped(gs.SGD(0.1, momentum=0.9, dampening=0.5))
-    with pytest.raises(gs.ConfigurationError, match="SGD with dampening begins otherwise.*'v'"):
+    with pytest.raises(gs.ConfigurationError, match=r"SGD with dampening begins otherwise.*'v'"):
         gs.to_torch(opt, ["w", "v"])
     assert len(gs.to_torch(stepped(gs.SGD(0.1)), ["w", "v"])["param_groups"][0]["params"]) == 2
 

@@ -120,7 +120,8 @@ def copied(optimizer: object, bridge: str) -> Copied:
         optimizer = optimizer.optimizer
     if isinstance(optimizer, MultiOptimizer):
         raise ConfigurationError(
-            f"{bridge} converts an optimizer with one rule, got {optimizer!r}; convert each of opt.optimizers for itself"
+            f"{bridge} converts an optimizer with one rule, got {optimizer!r}; convert each of opt.optimizers "
+            "for itself"
         )
     if not isinstance(optimizer, RuleOptimizer):
         raise ArgumentTypeError(

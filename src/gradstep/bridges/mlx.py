@@ -54,7 +54,8 @@ def from_mlx(tree: Mapping[str, Any]) -> dict[str, Any]:
     if "step" not in tree:
         remedy = ": it is a MultiOptimizer's, so convert that of each of its optimizers" if "states" in tree else ""
         raise ConfigurationError(
-            f"from_mlx takes the state of an MLX optimizer, which has the entry 'step', got {listing(list(tree))}{remedy}"
+            f"from_mlx takes the state of an MLX optimizer, which has the entry 'step', got {listing(list(tree))}"
+            + remedy
         )
     step = whole_number(tree["step"], "the state's 'step'")
     slots: dict[str, dict[str, Any]] = {}
@@ -63,7 +64,7 @@ def from_mlx(tree: Mapping[str, Any]) -> dict[str, Any]:
             _collect(value, key, slots)
     kept = {slot for arrays in slots.values() for slot in arrays}
     if step and kept == {"v"} and not any(_any(arrays["v"]) for arrays in slots.values()):
-        slots, kept = {name: {} for name in slots}, set[str]()
+        slots, kept = {name: dict[str, Any]() for name in slots}, set[str]()
     return state_dict_of(None, sorted(kept), step, {name: Entry(step, arrays) for name, arrays in slots.items()})
 
 
@@ -74,7 +75,8 @@ def _collect(node: Any, name: str, slots: dict[str, dict[str, Any]]) -> None:
         strange = [slot for slot in found if slot not in KNOWN]
         if strange:
             raise ConfigurationError(
-                f"the state of {name!r} has {listing(strange)}; expected slots of MLX's optimizers: {listing(list(KNOWN))}"
+                f"the state of {name!r} has {listing(strange)}; expected slots of MLX's optimizers: "
+                + listing(list(KNOWN))
             )
         if name in slots:
             raise DuplicateNameError(f"two paths of the state give the name {name!r}; rename one of the parameters")
@@ -90,7 +92,8 @@ def _collect(node: Any, name: str, slots: dict[str, dict[str, Any]]) -> None:
 def _below(node: Any, name: str, slots: dict[str, dict[str, Any]]) -> None:
     if not _is_nested(node):
         raise ConfigurationError(
-            f"the state has a {type(node).__name__} at {name!r}, expected a dict of slots; pass optimizer.state as it is"
+            f"the state at {name!r} is of type {type(node).__name__}, expected a dict of slots; pass optimizer.state "
+            "as it is"
         )
     _collect(node, name, slots)
 
@@ -141,8 +144,8 @@ def to_mlx(opt: object, params: object = None) -> dict[str, Any]:
     step = held.common_count("MLX")
     if step != held.step:
         raise ConfigurationError(
-            f"MLX counts one step for the optimizer and its parameters, but {held.family} has taken {held.step} and its "
-            f"parameters {step}; they agree when every step brings every gradient"
+            f"MLX counts one step for the optimizer and its parameters, but {held.family} has taken {held.step} and "
+            f"its parameters {step}; they agree when every step brings every gradient"
         )
     state: dict[str, Any] = {"step": mx.array(step, mx.uint64)}
     rate = _rate(held)
@@ -183,11 +186,11 @@ def _slots(held: Copied, entry: Entry) -> dict[str, Any]:
 
 def _unflattened(slots: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     utils: Any = importlib.import_module("mlx.utils")
-    tree = utils.tree_unflatten(list(slots.items())) if slots else {}
+    tree: Any = utils.tree_unflatten(list(slots.items())) if slots else {}
     if not isinstance(tree, dict):
         raise ConfigurationError(
-            f"MLX's parameters are a dict at the top, but the names {listing(list(slots))} begin with numbers; nest them "
-            "in a dict"
+            f"MLX's parameters are a dict at the top, but the names {listing(list(slots))} begin with numbers; nest "
+            "them in a dict"
         )
     return cast("dict[str, Any]", tree)
 
@@ -198,12 +201,12 @@ def _nested_like(slots: Mapping[str, dict[str, Any]], params: object) -> dict[st
         raise ArgumentTypeError(f"params is a module ({type(params).__name__}); pass model.trainable_parameters()")
     if not isinstance(params, Mapping):
         raise ArgumentTypeError(f"params must be a dict of parameters, nested or not, got a {type(params).__name__}")
-    there = flatten(params, "params")
+    there = flatten(cast("Any", params), "params")
     lacking = [name for name in slots if name not in there]
     if lacking:
         raise MismatchError(
-            f"params lacks {listing(lacking)}, for which the optimizer has state; it has {listing(list(there))}: pass all "
-            "parameters, under the names that they had in the optimizer's steps"
+            f"params lacks {listing(lacking)}, for which the optimizer has state; it has {listing(list(there))}: pass "
+            "all parameters, under the names that they had in the optimizer's steps"
         )
 
     def put(node: Any, name: str) -> Any:

@@ -1,13 +1,13 @@
 """The states of optax's transformations, and of gradstep.optax's."""
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from gradstep.arrays.library import Form
 from gradstep.arrays.stored import Stored
 from gradstep.bridges.foreign import Copied, Entry, copied, state_dict_of, whole_number
-from gradstep.errors import ConfigurationError, DuplicateNameError, MismatchError, listing
+from gradstep.errors import ConfigurationError, DuplicateNameError, MismatchError
 from gradstep.tree import name_of_path
 
 
@@ -156,8 +156,8 @@ def _the_one(jax: Any, state: object, bridge: str) -> Found:
     if found:
         places = "; ".join(one.where for one in found)
         raise ConfigurationError(
-            f"{bridge} converts a state in which one transformation keeps slots, got {len(found)}: {places}; convert each "
-            "part for itself: a member of a chain's tuple, or of inner_states"
+            f"{bridge} converts a state in which one transformation keeps slots, got {len(found)}: {places}; convert "
+            "each part for itself: a member of a chain's tuple, or of inner_states"
         )
     raise ConfigurationError(
         f"{bridge} found no state with slots, but {'; '.join(others) or f'a {type(state).__name__}'}; expected that of "
@@ -177,8 +177,17 @@ def _states(jax: Any, node: Any, where: str = "state") -> Iterable[tuple[str, An
 
 def _children(jax: Any, node: Any) -> list[tuple[Any, Any]]:
     """What is one level below a node, by path; nothing for arrays."""
-    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)[0]
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=_other_than(node))[0]
     return [(path, child) for path, child in children if path]
+
+
+def _other_than(node: Any) -> Callable[[Any], bool]:
+    """What makes JAX stop one level below a node."""
+
+    def stops(part: Any) -> bool:
+        return part is not node
+
+    return stops
 
 
 def _counters(jax: Any, state: Any) -> list[tuple[str, Any]]:
@@ -219,8 +228,8 @@ def _check_family(held: Copied, found: Found) -> None:
     if value is not None and getattr(held.optimizer, name) != value:
         raise ConfigurationError(
             f"optax's transformation always has {name}={value!r}, but {family} has "
-            f"{name}={getattr(held.optimizer, name)!r}; its steps would be others: set opt.{name} = {value!r} first, or "
-            "use gradstep.optax.from_optimizer"
+            f"{name}={getattr(held.optimizer, name)!r}; its steps would be others: set opt.{name} = {value!r} first, "
+            "or use gradstep.optax.from_optimizer"
         )
 
 
@@ -245,9 +254,10 @@ def _filled(jax: Any, found: Found, held: Copied, count: int) -> Any:
     """The state with slots, with those of the optimizer."""
 
     def put(slot: str, tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, old: _landed(held.state[name_of_path(path)].slots[slot], old), tree
-        )
+        def landed(path: Any, old: Any) -> Any:
+            return _landed(held.state[name_of_path(path)].slots[slot], old)
+
+        return jax.tree_util.tree_map_with_path(landed, tree)
 
     old = found.state
     if found.layout.families is None:
@@ -276,6 +286,6 @@ def _rebuilt(jax: Any, node: Any, old: Any, new: Any, step: int) -> Any:
         return new
     if jax.tree_util.all_leaves([node]):
         return node
-    children, structure = jax.tree_util.tree_flatten(node, is_leaf=lambda part: part is not node)
+    children, structure = jax.tree_util.tree_flatten(node, is_leaf=_other_than(node))
     copy = structure.unflatten([_rebuilt(jax, child, old, new, step) for child in children])
     return copy._replace(count=_number(jax, step, copy.count)) if _counts(copy) else copy

@@ -6,120 +6,23 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import gradstep
 from gradstep.arrays.stored import Stored
 from gradstep.bridges.foreign import Copied, Entry, copied, state_dict_of, whole_number
+from gradstep.bridges.torch_families import ADVICE, MARKS, OTHER_FORMULAS, SHARED, WITH_TORCH_FORMULA, Shared
 from gradstep.errors import ArgumentTypeError, ConfigurationError, DuplicateNameError, MismatchError, listing
 from gradstep.step.leaf import rule_arguments
 
 Group = Mapping[str, Any]
 
 
-class Shared(NamedTuple):
-    """A family whose formula torch has too.
-
-    Attributes:
-        module: where torch's class is.
-        name: what it is called.
-        slots: the core's slots by the names in torch's state.
-        hyperparameters: the core's hyperparameters by the names in torch's groups.
-        fixed: hyperparameters of the core with the only value that torch's class has.
-        absent: what the core does not have, by name, with the value that means as much.
-        counts: whether torch counts the steps of every parameter.
-    """
-
-    module: str
-    name: str
-    slots: Mapping[str, str]
-    hyperparameters: Mapping[str, str]
-    fixed: Mapping[str, Any]
-    absent: Mapping[str, Any]
-    counts: bool = True
-
-
-ADAM_SLOTS = {"exp_avg": "m", "exp_avg_sq": "v"}
-ADAM = {"lr": "learning_rate", "betas": "betas", "eps": "eps"}
-DECAYED = {**ADAM, "weight_decay": "weight_decay"}
-CORRECTED = {"bias_correction": True}
-
-SHARED: dict[str, Shared] = {
-    "SGD": Shared(
-        "torch.optim", "SGD", {"momentum_buffer": "v"},
-        {
-            "lr": "learning_rate", "momentum": "momentum", "weight_decay": "weight_decay",
-            "dampening": "dampening", "nesterov": "nesterov",
-        },
-        {}, {"maximize": False}, counts=False,
-    ),
-    "RMSprop": Shared(
-        "torch.optim", "RMSprop", {"square_avg": "v"}, {"lr": "learning_rate", "alpha": "alpha", "eps": "eps"},
-        {}, {"centered": False, "momentum": 0, "weight_decay": 0, "maximize": False},
-    ),
-    "Adagrad": Shared(
-        "torch.optim", "Adagrad", {"sum": "v"}, {"lr": "learning_rate", "eps": "eps"},
-        {}, {"lr_decay": 0, "weight_decay": 0, "maximize": False},
-    ),
-    "AdaDelta": Shared(
-        "torch.optim", "Adadelta", {"square_avg": "v", "acc_delta": "u"},
-        {"lr": "learning_rate", "rho": "rho", "eps": "eps"}, {}, {"weight_decay": 0, "maximize": False},
-    ),
-    "Adam": Shared(
-        "torch.optim", "Adam", ADAM_SLOTS, ADAM,
-        CORRECTED, {"weight_decay": 0, "amsgrad": False, "maximize": False},
-    ),
-    "AdamW": Shared(
-        "torch.optim", "AdamW", ADAM_SLOTS, DECAYED, CORRECTED, {"amsgrad": False, "maximize": False},
-    ),
-    "Lion": Shared(
-        "gradstep.torch", "Lion", {"exp_avg": "m"},
-        {"lr": "learning_rate", "betas": "betas", "weight_decay": "weight_decay"},
-        {}, {"maximize": False}, counts=False,
-    ),
-}  # fmt: skip
-
-OTHER_FORMULAS = {
-    "Adamax": "torch corrects the bias of its mean and puts eps inside of the maximum; the core does neither",
-    "Adafactor": "torch clamps the factored second moment and scales its rate in another way",
-    "Muon": "torch decouples weight decay, sums gradients undamped and scales its rate in another way",
-    "NAdam": "the core has no such family",
-    "RAdam": "the core has no such family",
-    "ASGD": "the core has no such family",
-    "Rprop": "the core has no such family",
-    "LBFGS": "the core has no such family",
-    "SparseAdam": "it updates rows of sparse gradients only",
-}
-WITH_TORCH_FORMULA = ("Adamax", "Adafactor", "Muon")
-
-# The keys by which a param group tells its class, the first that are all there; some of it must then be absent.
-MARKS: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = tuple(
-    (name, frozenset(there.split()), frozenset(absent.split()))
-    for name, there, absent in (
-        ("Muon", "ns_steps", ""),
-        ("Adafactor", "beta2_decay", ""),
-        ("NAdam", "momentum_decay", ""),
-        ("ASGD", "lambd", ""),
-        ("Rprop", "etas", ""),
-        ("LBFGS", "line_search_fn", ""),
-        ("SGD", "dampening nesterov", ""),
-        ("RMSprop", "alpha centered", ""),
-        ("Adagrad", "lr_decay", ""),
-        ("AdaDelta", "rho", ""),
-        ("Adam", "betas amsgrad", ""),
-        ("RAdam", "betas decoupled_weight_decay", ""),
-        ("Lion", "betas weight_decay", "eps"),
-        ("Adamax", "betas eps weight_decay", ""),
-        ("SparseAdam", "betas eps", ""),
-    )
-)
-
-
 def from_torch(state_dict: Mapping[str, Any], names: object = None) -> dict[str, Any]:
     """A gradstep state dict of the one that a torch optimizer gave, for `load_state_dict`.
 
-    SGD, RMSprop, Adagrad, Adadelta, Adam and AdamW of `torch.optim` and `gradstep.torch`, and `gradstep.torch.Lion`, are
-    converted where they step by the core's formula. Hyperparameters come along; those in which groups differ become
+    SGD, RMSprop, Adagrad, Adadelta, Adam and AdamW of `torch.optim` and `gradstep.torch`, and `gradstep.torch.Lion`,
+    are converted where they step by the core's formula. Hyperparameters come along; those in which groups differ become
     mappings from parameter name, with `"*"` for the most common value. torch rates are numbers: to go on with a
     schedule, load with `hyperparameters="mine"`, and it is resolved at the step count, the largest of all parameters.
     torch's SGD and Lion count no steps; a parameter that has a slot then counts as having taken one.
@@ -185,18 +88,13 @@ def _parts(state_dict: object) -> tuple[list[Group], Mapping[Any, Mapping[str, A
         raise ArgumentTypeError(
             f"from_torch takes a state dict, got {type(state_dict).__name__}; pass opt.state_dict()"
         )
-    if (
-        not isinstance(state_dict, Mapping)
-        or not {"param_groups", "state"} <= cast("Mapping[str, Any]", state_dict).keys()
-    ):
-        found = (
-            listing(list(map(str, cast("Mapping[str, Any]", state_dict)))) if isinstance(state_dict, Mapping) else ""
-        )
+    given = cast("Mapping[str, Any]", state_dict if isinstance(state_dict, Mapping) else {})
+    if not {"param_groups", "state"} <= given.keys():
+        found = f" with {listing(list(map(str, given)))}" if given else ""
         raise ArgumentTypeError(
             "from_torch takes the state dict of a torch optimizer, with the keys 'state' and 'param_groups', got "
-            f"{type(state_dict).__name__}{found and f' with {found}'}; pass optimizer.state_dict()"
+            f"{type(state_dict).__name__}{found}; pass optimizer.state_dict()"
         )
-    given = cast("Mapping[str, Any]", state_dict)
     return list(given["param_groups"]), given["state"]
 
 
@@ -227,10 +125,8 @@ def names_in(names: object) -> list[str]:
         raise ArgumentTypeError(
             f"names must be a list of names, or (name, parameter) pairs, got {names!r} ({type(names).__name__})"
         )
-    items = list(cast("Iterable[Any]", names))
-    return _checked(
-        [item[0] if isinstance(item, tuple) and len(cast("Any", item)) == 2 else item for item in items], "names"
-    )
+    items: list[Any] = list(cast("Any", names))
+    return _checked([item[0] if isinstance(item, tuple) and item else item for item in items], "names")
 
 
 def _checked(names: list[Any], what: str) -> list[str]:
@@ -302,14 +198,10 @@ def _refuse_absent(family: str, shared: Shared, group: Group) -> None:
     for key, neutral in shared.absent.items():
         found = group.get(key, neutral)
         if plain(found) != neutral:
-            advice = (
-                "; torch.optim.AdamW decouples it as gradstep.AdamW does"
-                if (family, key) == ("Adam", "weight_decay")
-                else ""
-            )
             raise ConfigurationError(
-                f"torch's {shared.name} with {key}={found!r} steps by another formula than gradstep.{family}, which has "
-                f"only {key}={neutral!r}{advice}; gradstep.torch.{shared.name} loads this state dict and has torch's formula"
+                f"torch's {shared.name} with {key}={found!r} steps by another formula than gradstep.{family}, which "
+                f"means {key}={neutral!r}{ADVICE.get((family, key), '')}; gradstep.torch.{shared.name} loads this "
+                "state dict and has torch's formula"
             )
 
 
@@ -322,8 +214,8 @@ def _refuse_beginnings(family: str, owners: Sequence[tuple[str, Group]], statele
     strange = [name for name, group in owners if name in missing and group.get(key) and group.get("momentum", 1)]
     if strange:
         raise ConfigurationError(
-            f"torch's {family} with {key} above 0 begins otherwise than gradstep's, and {listing(strange)} have no state "
-            "yet; convert when every parameter has taken a step"
+            f"torch's {family} with {key} above 0 begins otherwise than gradstep's, and {listing(strange)} have no "
+            "state yet; convert when every parameter has taken a step"
         )
 
 
@@ -368,8 +260,8 @@ def to_torch(opt: object, names: object = None) -> dict[str, Any]:
     one group; groups come in the order of their first parameters, and the torch optimizer must have got them so.
 
     Args:
-        opt: an optimizer of the core with one rule, or an `Accumulate` of one: SGD, RMSprop, Adagrad, AdaDelta, Adam and
-            AdamW with `bias_correction=True`, for torch.optim's class; Lion for gradstep.torch's.
+        opt: an optimizer of the core with one rule, or an `Accumulate` of one: SGD, RMSprop, Adagrad, AdaDelta, Adam
+            and AdamW with `bias_correction=True`, for torch.optim's class; Lion for gradstep.torch's.
         names: the parameters' names in the order in which the torch optimizer got them: a list of strings, or what
             `model.named_parameters()` gives. Default: those of `opt.state`, in its order.
 
@@ -400,8 +292,8 @@ def to_torch(opt: object, names: object = None) -> dict[str, Any]:
     lacking = [name for name in held.state if name not in order]
     if lacking:
         raise MismatchError(
-            f"names lacks {listing(lacking)}, for which the optimizer has state; it has {listing(order)}: pass the names "
-            "of all parameters of the torch optimizer, in its order"
+            f"names lacks {listing(lacking)}, for which the optimizer has state; it has {listing(order)}: pass the "
+            "names of all parameters of the torch optimizer, in its order"
         )
     _refuse_missing(held, [name for name in order if name not in held.state])
     torch: Any = importlib.import_module("torch")
@@ -448,19 +340,15 @@ def _shared_with(held: Copied) -> Shared:
 
 def _refuse_missing(held: Copied, stateless: Sequence[str]) -> None:
     """Refuse parameters without state which in torch would not begin at zero, or not at all."""
-    if not stateless:
-        return
-    if held.family == "Adagrad":
+    if stateless and held.family == "Adagrad":
         raise ConfigurationError(
-            f"torch's Adagrad needs state for every parameter, but there is none for {listing(stateless)}; convert when "
-            "they have taken a step, or leave them out of names"
+            f"torch's Adagrad needs state for every parameter, but there is none for {listing(stateless)}; convert "
+            "when they have taken a step, or leave them out of names"
         )
-    settings = held.optimizer._leaf.settings_of
-    strange = [
-        n
-        for n in stateless
-        if held.family == "SGD" and settings(n).current("dampening") and settings(n).current("momentum")
-    ]
+    if held.family != "SGD":
+        return
+    settings = {name: held.optimizer._leaf.settings_of(name) for name in stateless}
+    strange = [name for name, own in settings.items() if own.current("momentum") and own.current("dampening")]
     if strange:
         raise ConfigurationError(
             f"torch's SGD with dampening begins otherwise than gradstep's, and {listing(strange)} have no state yet; "
