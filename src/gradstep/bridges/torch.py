@@ -84,16 +84,15 @@ def from_torch(state_dict: Mapping[str, Any], names: object = None) -> dict[str,
 
 
 def _parts(state_dict: object) -> tuple[list[Group], Mapping[Any, Mapping[str, Any]]]:
+    kind = type(state_dict).__name__
     if hasattr(state_dict, "param_groups") and hasattr(state_dict, "state_dict"):
-        raise ArgumentTypeError(
-            f"from_torch takes a state dict, got {type(state_dict).__name__}; pass opt.state_dict()"
-        )
-    given = cast("Mapping[str, Any]", state_dict if isinstance(state_dict, Mapping) else {})
+        raise ArgumentTypeError(f"from_torch takes a state dict, got {kind}; pass opt.state_dict()")
+    given: Mapping[str, Any] = cast("Any", state_dict) if isinstance(state_dict, Mapping) else {}
     if not {"param_groups", "state"} <= given.keys():
         found = f" with {listing(list(map(str, given)))}" if given else ""
         raise ArgumentTypeError(
             "from_torch takes the state dict of a torch optimizer, with the keys 'state' and 'param_groups', got "
-            f"{type(state_dict).__name__}{found}; pass optimizer.state_dict()"
+            f"{kind}{found}; pass optimizer.state_dict()"
         )
     return list(given["param_groups"]), given["state"]
 
