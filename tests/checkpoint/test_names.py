@@ -117,7 +117,6 @@ def test_safetensors_reads_the_same_bytes(library: str, name: str, tmp_path: Pat
             codes = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint8": "U8"}
             assert piece.get_dtype() == codes[str(seen(array).dtype)]
     assert all(isinstance(text, str) for text in metadata.values())
-    assert len(path.read_bytes()) % 8 in (0, *range(8))
 
 
 def test_the_hashes_are_of_each_tensors_bytes(tmp_path: Path) -> None:
