@@ -315,3 +315,127 @@ def test_sums_of_parameters_that_were_frozen_in_the_round_do_not_stop_loading(tm
         twin.apply_gradients(tree(number), others)
     assert everything(twin) == everything(opt)
     assert bits_of(others) == bits_of(params)
+
+
+# The same optimizer, back to where it was
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("early", [True, False])
+def test_going_back_forgets_what_came_after(library: str, early: bool, tmp_path: Path) -> None:
+    path, wrong = tmp_path / "a.safetensors", []
+    chosen = cases(library)
+    if library not in IN_PLACE:
+        chosen = {name: chosen[name] for name in ("nested, clipped", "in a round of bfloat16", "frozen")}
+    for name, case in chosen.items():
+        opt, params = first_part(case, library)
+        opt.save(path, params)
+        expected = outcome(case, library, opt, params)
+        assert opt.load(path, params if early else None) == []
+        if not early:
+            case.make().load(path, params)
+        if outcome(case, library, opt, params) != expected:
+            wrong.append(name)
+    assert not wrong
+
+
+def test_a_round_under_way_is_replaced(tmp_path: Path) -> None:
+    path, params = tmp_path / "a.safetensors", tree(0)
+    opt = gs.Accumulate(gs.Adam(0.1), every=3)
+    opt.save(path, params)
+    before = everything(opt)
+    opt.apply_gradients(tree(1), params)
+    opt.load(path)
+    assert everything(opt) == before
+
+
+# Other threads, and Ctrl-C
+
+
+def test_a_file_saved_while_another_thread_steps_is_of_one_moment(tmp_path: Path) -> None:
+    import threading
+
+    path, params = tmp_path / "a.safetensors", {name: np.zeros(5000) for name in "abcd"}
+    opt, stop = gs.SGD(1.0), threading.Event()
+    grads = {name: np.full(5000, -1.0) for name in params}
+
+    def run() -> None:
+        while not stop.is_set():
+            opt.apply_gradients(grads, params)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(20):
+            opt.save(path, params)
+            others = {name: np.zeros(5000) for name in params}
+            twin = gs.load(path, others)
+            assert {value for array in others.values() for value in array.tolist()} == {float(twin.step)}
+            assert set(twin.steps.values()) <= {twin.step}
+    finally:
+        stop.set()
+        thread.join()
+
+
+INTERRUPTED = """
+import _thread, json, random, sys, threading, time
+import numpy as np
+import gradstep as gs
+
+chance, found = random.Random(0), []
+
+
+def make(value):
+    opt, params = gs.Adam(0.1, clip_norm=1.0), {f"w{n}": np.full(3000, float(value)) for n in range(12)}
+    for _ in range(value):
+        opt.apply_gradients({name: np.full(3000, float(value)) for name in params}, params)
+    for array in params.values():
+        array[:] = value
+    return opt, params
+
+
+def look(opt, params):
+    values = {value for array in params.values() for value in array.tolist()}
+    arrays = {slots["m"].tobytes() for slots in opt.state.values()}
+    assert len(values) == len(arrays) == 1, (values, len(arrays))
+    assert values == {float(opt.step)} and set(opt.steps.values()) == {opt.step}
+    return opt.step
+
+
+make(1)[0].save(sys.argv[1], make(1)[1])
+opt, params = make(2)
+started = time.perf_counter()
+for _ in range(5):
+    make(2)[0].load(sys.argv[1], params)
+usual = (time.perf_counter() - started) / 5
+for _ in range(60):
+    opt, params = make(2)
+    wait = threading.Event()
+    delay = usual * 1.2 * chance.random()
+
+    def interrupt():
+        wait.wait(5)
+        time.sleep(delay)
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        wait.set()
+        opt.load(sys.argv[1], params)
+        thread.join()
+        time.sleep(0.001)
+    except KeyboardInterrupt:
+        pass
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            pass
+    found.append(look(opt, params))
+print(json.dumps(found))
+"""
+
+
+def test_ctrl_c_while_loading_leaves_all_or_nothing(tmp_path: Path) -> None:
+    assert set(answer(INTERRUPTED, tmp_path / "a.safetensors")) == {1, 2}
