@@ -26,8 +26,6 @@ def reloaded(opt: Any, folder: Path, **kwargs: Any) -> Any:
     path = folder / "a.safetensors"
     opt.save(path)
     found = gs.load(path, **kwargs)
-    twin = type(opt).__new__(type(opt)) if False else None
-    assert twin is None
     assert everything(found) == everything(opt)
     assert repr(found) == repr(opt)
     return found
@@ -48,10 +46,10 @@ def test_every_number_comes_back(number: Any, tmp_path: Path) -> None:
     [
         gs.Adam(0.1, betas=[np.float32(0.5), 0]), gs.Adam(0.1, betas=np.array([0.5, 0.25])),
         gs.Adam(0.1, bias_correction=np.True_), gs.SGD({"b": np.float32(0.5), "*": 1}, momentum={"*": np.int64(0)}),
-        gs.Adafactor({"b": 0.1, "*": None}, relative_step=False) if False else gs.Adafactor(None),
+        gs.Adafactor({"b": 0.1, "*": None}), gs.Adafactor(None),
         gs.Adafactor(eps={"b": (1e-30, 1e-3), "*": (1, 2)}), gs.Muon(0.1, ns_steps=np.int64(3)),
         gs.SGD(0.1, clip_norm=np.float32(0.1)), gs.SGD(0.1, clip_norm=0), gs.SGD(0.1, clip_norm=1, frozen=("a*", "b")),
-        gs.Lion(0.1, seed=np.int64(5), slot_dtype="int8"), gs.Lion(0.1, seed=2**64), gs.Lion(0.1, donate=True),
+        gs.Lion(0.1, seed=np.int64(5), slot_dtype="int8"), gs.Lion(0.1, seed=2**64 - 1), gs.Lion(0.1, donate=True),
         gs.Adam(0.1, slot_dtype={"v": "float16"}), gs.Adam(0.1, slot_dtype={}),
         gs.SGD({"'\"\\\ud800": 0.1, "*": 0.2}), gs.SGD(0.1, frozen=["\ud800", ""]),
         gs.Accumulate(gs.SGD(0.1), every=np.int64(3)),
