@@ -74,7 +74,7 @@ SCHEDULES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=range(len(SCHEDULES)))
 def test_every_schedule_comes_back_and_goes_on(schedule: Any, tmp_path: Path) -> None:
     opt, params = gs.SGD(schedule, momentum=0.9), {"w": np.ones(3)}
     for _ in range(3):
