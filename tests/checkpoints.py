@@ -41,7 +41,7 @@ def held(library: str, array: Any) -> Any:
     mx = importlib.import_module("mlx.core")
     if narrow:
         return mx.array(np.ascontiguousarray(array).view(np.uint16).reshape(array.shape)).view(mx.bfloat16)
-    return mx.array(array, getattr(mx, str(array.dtype)))
+    return mx.array(array, mx.bool_ if array.dtype == bool else getattr(mx, str(array.dtype)))
 
 
 def library_of(array: Any) -> str:

