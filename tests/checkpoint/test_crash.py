@@ -199,7 +199,7 @@ def test_what_cannot_be_saved_leaves_the_old_file_and_nothing_else(bad: str, tmp
     opt.save(path, params)
     before = contents(tmp_path)
     if bad == "dtype":
-        with pytest.raises(gs.DtypeError, match="'c'.*complex128"):
+        with pytest.raises(gs.DtypeError, match=r"'c'.*complex128"):
             opt.save(path, {**params, "c": np.ones(2, np.complex128)})
     elif bad == "keep":
         with pytest.raises(gs.OutOfRangeError, match="keep"):

@@ -314,7 +314,7 @@ def complaint(saved: Saved, what: str, content: bytes) -> str | None:
                 params = copy.deepcopy(saved.params)
                 opt = gs.load(saved.path, params, functions=KNOWN)
         except gs.GradstepError:
-            changed = bits_of(params) != saved.before[1] or name == "load" and everything(opt) != saved.before[0]
+            changed = bits_of(params) != saved.before[1] or (name == "load" and everything(opt) != saved.before[0])
             if changed:
                 return f"{what}: {name} was refused, but something has changed"
             continue

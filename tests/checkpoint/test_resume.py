@@ -226,7 +226,7 @@ def test_functions_are_asked_for_by_name_and_place(tmp_path: Path) -> None:
     opt, params = nested(), tree(0)
     opt.apply_gradients(tree(1), params)
     opt.save(path)
-    with pytest.raises(gs.ConfigurationError, match="'halves'.*'short'|'short'.*'halves'"):
+    with pytest.raises(gs.ConfigurationError, match=r"'halves'.*'short'|'short'.*'halves'"):
         gs.load(path)
     other = gs.SGD(0.1)
     gs.SGD(halves).save(path)
