@@ -199,7 +199,8 @@ def hostile(saved: Saved) -> Iterator[tuple[str, bytes]]:
     ):  # fmt: skip
         yield f"offsets {offsets}", changed(key, data_offsets=offsets)
     for shape in (
-        None, "x", [], [-1, -7], [0], [2**62], [2**40, 2**40], [1] * 1000, [[7]], [7.0], [True], ["7"], {"0": 7}, [10**40],
+        None, "x", [], [-1, -7], [0], [2**62], [2**40, 2**40], [1] * 1000, [[7]], [7.0], [True], ["7"], {"0": 7},
+        [10**40],
     ):  # fmt: skip
         yield f"shape {shape}", changed(key, shape=shape)
     for dtype in (None, 1, "", "f32", "F8_E4M3", "F31", "float32", ["F32"], {}, "I32", "BOOL"):
@@ -280,13 +281,15 @@ def with_node(data: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) ->
 
 
 OTHERS: list[Any] = [
-    None, True, False, 0, 1, -1, 2**63 - 1, 2**64, -(2**63), 10**400, 0.5, -0.0, 1e308, "", "x", "\ud800", "nan", "float32",
-    [], [1], [[]], ["x"], [None], {}, {"x": 1}, {"float": "nan"}, {"float": "1"}, {"tuple": [0.5, 0.5]}, {"tuple": 1},
-    {"globs": {}}, {"globs": {"*": 0.5}}, {"globs": {"*": {"globs": {"*": 1}}}}, {"function": "halves"}, {"function": 3},
-    {"function": "nobody"}, {"schedule": "cosine_decay"}, {"schedule": "cosine_decay", "init": 1, "decay_steps": -1, "end": 0},
+    None, True, False, 0, 1, -1, 2**63 - 1, 2**64, -(2**63), 10**400, 0.5, -0.0, 1e308,
+    "", "x", "\ud800", "nan", "float32", [], [1], [[]], ["x"], [None], {}, {"x": 1},
+    {"float": "nan"}, {"float": "1"}, {"tuple": [0.5, 0.5]}, {"tuple": 1},
+    {"globs": {}}, {"globs": {"*": 0.5}}, {"globs": {"*": {"globs": {"*": 1}}}},
+    {"function": "halves"}, {"function": 3}, {"function": "nobody"}, {"schedule": "cosine_decay"},
+    {"schedule": "cosine_decay", "init": 1, "decay_steps": -1, "end": 0},
     {"schedule": "cosine_decay", "init": "x", "decay_steps": [], "end": {}},
-    {"schedule": "join_schedules", "schedules": [1, "x"], "boundaries": [0]}, {"schedule": "__init__"}, {"schedule": None},
-    {"glob": "*"}, {"glob": 3}, {"kind": "rule"}, {"kind": "multi", "routes": []},
+    {"schedule": "join_schedules", "schedules": [1, "x"], "boundaries": [0]}, {"schedule": "__init__"},
+    {"schedule": None}, {"glob": "*"}, {"glob": 3}, {"kind": "rule"}, {"kind": "multi", "routes": []},
 ]  # fmt: skip
 
 
@@ -399,8 +402,11 @@ def test_signed_texts_that_are_no_document_are_refused(saved: Saved) -> None:
         saved.assert_refused(signed(saved, content), what=content[:40])
     hashes = json.loads(saved.header()["__metadata__"]["gradstep.sha256"])
     key = next(iter(hashes))
-    for other in ({}, [], "null", "x", {**hashes, key: 1}, {**hashes, key: ""}, {**hashes, key: None}, {**hashes, "x": "y"},
-                  {k: v for k, v in hashes.items() if k != key}, "[" * 100_000, "NaN"):  # fmt: skip
+    others = [
+        {}, [], "null", "x", {**hashes, key: 1}, {**hashes, key: ""}, {**hashes, key: None}, {**hashes, "x": "y"},
+        {k: v for k, v in hashes.items() if k != key}, "[" * 100_000, "NaN",
+    ]  # fmt: skip
+    for other in others:
         saved.assert_refused(signed(saved, document_of(saved), other), what=str(other)[:40])
 
 
@@ -461,7 +467,8 @@ entry = {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}
 for length, text, size in [
     (1 << 40, b"{}", 100), (1 << 40, b"{}", 1 << 41), (100_000_000, b"", 1 << 41), (100_000_001, b"", 1 << 41),
     (0, b"", 1 << 41), (None, json.dumps({"w": entry}).encode(), 1 << 40), (None, b"[" * 10_000_000, None),
-    (None, b'{"a":' + b"1" * 10_000_000, None), (None, b'{"__metadata__":{"gradstep":"' + b"[" * 10_000_000 + b'"}}', None),
+    (None, b'{"a":' + b"1" * 10_000_000, None),
+    (None, b'{"__metadata__":{"gradstep":"' + b"[" * 10_000_000 + b'"}}', None),
 ]:
     with open(sys.argv[1], "wb") as file:
         file.write(struct.pack("<Q", len(text) if length is None else length) + text)

@@ -68,7 +68,7 @@ SCHEDULES = [
     gs.linear_schedule(np.array(0.0), np.array(1.0), 5), gs.linear_schedule(Fraction(1, 3), 1, 5),
     gs.join_schedules([gs.linear_schedule(0, 1, 2), gs.cosine_decay(1.0, 5)], np.array([2])),
     gs.join_schedules(
-        [gs.join_schedules([gs.linear_schedule(0, 1, 1), gs.step_decay(1.0, 0.5, 1)], [1]), gs.cosine_decay(1.0, 5)], (3,)
+        [gs.join_schedules([gs.linear_schedule(0, 1, 1), gs.step_decay(1, 0.5, 1)], [1]), gs.cosine_decay(1.0, 5)], (3,)
     ),
     gs.join_schedules([gs.linear_schedule(0, 0.1, 2), halves], [2]),
 ]  # fmt: skip
