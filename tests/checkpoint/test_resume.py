@@ -383,11 +383,11 @@ def test_a_file_saved_while_another_thread_steps_is_of_one_moment(tmp_path: Path
 
 
 INTERRUPTED = """
-import _thread, json, random, sys, threading, time
+import json, signal, sys
 import numpy as np
 import gradstep as gs
 
-chance, found = random.Random(0), []
+found = []
 
 
 def make(value):
@@ -407,37 +407,31 @@ def look(opt, params):
     return opt.step
 
 
-make(1)[0].save(sys.argv[1], make(1)[1])
-opt, params = make(2)
-started = time.perf_counter()
-for _ in range(5):
-    make(2)[0].load(sys.argv[1], params)
-usual = (time.perf_counter() - started) / 5
-for _ in range(60):
+def interrupted(number):
+    \"""Load, with a Ctrl-C at the given call or return of a function; how many there were, and what is loaded then.\"""
     opt, params = make(2)
-    wait = threading.Event()
-    delay = usual * 1.2 * chance.random()
+    seen = 0
 
-    def interrupt():
-        wait.wait(5)
-        time.sleep(delay)
-        _thread.interrupt_main()
+    def look_at(frame, event, argument):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            signal.raise_signal(signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
     try:
-        wait.set()
+        sys.setprofile(look_at)
         opt.load(sys.argv[1], params)
-        thread.join()
-        time.sleep(0.001)
     except KeyboardInterrupt:
         pass
-    while thread.is_alive():
-        try:
-            thread.join()
-        except KeyboardInterrupt:
-            pass
-    found.append(look(opt, params))
+    finally:
+        sys.setprofile(None)
+    return seen, look(opt, params)
+
+
+make(1)[0].save(sys.argv[1], make(1)[1])
+usual, _ = interrupted(0)
+for number in range(1, usual, usual // 80):
+    found.append(interrupted(number)[1])
 print(json.dumps(found))
 """
 
@@ -506,3 +500,47 @@ def test_an_optimizer_that_has_seen_no_parameter_yet_can_be_loaded_and_used(earl
     opt = gs.Adam(0.1)
     params = saved_alone(opt, "", tmp_path / "a.safetensors")
     assert_goes_on_alone(opt, params, tmp_path / "a.safetensors", early=early)
+
+
+# What the file says replaces what came after
+
+
+def test_state_that_came_after_the_file_goes(tmp_path: Path) -> None:
+    path, params = tmp_path / "a.safetensors", tree(0)
+    opt = gs.Adam(0.1, bias_correction=True)
+    opt.apply_gradients({"w": tree(1)["w"]}, params)
+    opt.save(path, params)
+    before = everything(opt)
+    opt.apply_gradients(tree(2), params)
+    opt.load(path, params)
+    assert everything(opt) == before
+    opt.apply_gradients(tree(2), params)
+    opt.load(path)
+    assert everything(opt) == before
+    assert opt.report is None
+
+
+def test_parameters_without_state_are_still_known_in_the_next_file(tmp_path: Path) -> None:
+    first, second, params = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tree(0)
+    opt = gs.Adam(0.1)
+    opt.apply_gradients({"w": tree(1)["w"]}, params)
+    opt.save(first)
+    for like in (None, params):
+        twin = gs.load(first, like=like)
+        twin.save(second)
+        assert second.read_bytes() == first.read_bytes()
+        gs.load(second).apply_gradients(tree(2), copy.deepcopy(params))
+
+
+def test_globs_of_the_file_replace_those_that_have_been_used(tmp_path: Path) -> None:
+    path, params = tmp_path / "a.safetensors", tree(0)
+    there = gs.SGD({"w": 0.5, "*": 0.25}, momentum={"b": 0, "*": 0.9})
+    there.apply_gradients(tree(1), params)
+    there.save(path, params)
+    here, others = gs.SGD({"[wb]": 0.1, "*": 0.2}, momentum={"w": 0, "*": 0.9}), tree(5)
+    here.apply_gradients(tree(6), others)
+    here.load(path, others)
+    for optimizer, arrays in ((there, params), (here, others)):
+        optimizer.apply_gradients(tree(2), arrays)
+    assert everything(here) == everything(there)
+    assert bits_of(others) == bits_of(params)
