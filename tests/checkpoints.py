@@ -312,7 +312,8 @@ def ready(library: str) -> None:
 def python(program: str, *arguments: object, **kwargs: Any) -> Any:
     """Run a program in a process of its own that can import what tests can."""
     start = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    command = [sys.executable, "-W", "error", "-c", start + program, *map(str, arguments)]
+    silent = "ignore::UserWarning"  # of parameters that are left alone
+    command = [sys.executable, "-W", "error", "-W", silent, "-c", start + program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **kwargs)
 
 

@@ -185,6 +185,8 @@ class Accumulate(Optimizer):
         if seen is None or not seen.shows(list(wanted), chosen):
             parameters = dict(zip(wanted, chosen, strict=True))
             library = recognise(params=parameters, grads=wanted)
+            self._inner._assign_known(parameters)  # what the step would refuse for its name belongs here
+            self._inner._known_names |= named.keys()
             if library.in_place is False:
                 refuse_tracing(library, chosen)
             held = {name: self._sum_for(library, name, parameter) for name, parameter in parameters.items()}

@@ -70,7 +70,8 @@ class Settings:
             cells, known = new._scheduled_of(name), resolved.get(name, ())
             if known and len(known) != len(cells):
                 raise ConfigurationError(
-                    f"{self._owner}'s {name} has {len(cells)} schedules, but values of {len(known)} are known"
+                    f"{self._owner}'s {name} has {len(cells)} schedules, but the checkpoint has values of "
+                    f"{len(known)}; a schedule that it only names must be a function step -> float"
                 )
             for cell, value in zip(cells, known, strict=bool(known)):
                 cell.resolved = value

@@ -352,10 +352,7 @@ NO_FILTERS = [True, 0, "x", [], {}]
     "bad",
     [
         *({"x": 1}, {"glob": None}, {"function": None}, {"tuple": []}, {"function": []}, {"glob": 1}, None),
-        *(
-            pytest.param(b, marks=pytest.mark.xfail(strict=True, reason="AttributeError, StopIteration"))
-            for b in NO_FILTERS
-        ),
+        *(b for b in NO_FILTERS),
     ],
     ids=str,
 )
@@ -410,9 +407,7 @@ def test_signed_texts_that_are_no_document_are_refused(saved: Saved) -> None:
         saved.assert_refused(signed(saved, document_of(saved), other), what=str(other)[:40])
 
 
-@pytest.mark.parametrize(
-    "depth", [50, 200, pytest.param(900, marks=pytest.mark.xfail(strict=True, reason="RecursionError")), 5000]
-)
+@pytest.mark.parametrize("depth", [50, 200, 900, 5000])
 def test_a_deep_tree_of_optimizers_is_refused(saved: Saved, depth: int) -> None:
     document = document_of(saved)
     head, tail = '{"kind":"accumulate","every":2,"micro_step":0,"sums":{},"optimizer":', "}"

@@ -115,7 +115,7 @@ def test_configuration_of_ones_own_rule_comes_back(mode: Any, tmp_path: Path) ->
     assert repr(found.mode) == repr(mode) and type(found.mode) is type(mode) and found.text == "nan"
 
 
-@pytest.mark.parametrize("mode", [frozenset({1}), b"bytes", np.float64(0.5), 1j, len, int], ids=repr)
+@pytest.mark.parametrize("mode", [frozenset({1}), b"bytes", 1j, len, int], ids=repr)
 def test_configuration_that_plain_data_cannot_hold_is_asked_for(mode: Any, tmp_path: Path) -> None:
     opt = Configured(0.1, mode=mode)
     opt.save(tmp_path / "a")
@@ -126,10 +126,14 @@ def test_configuration_that_plain_data_cannot_hold_is_asked_for(mode: Any, tmp_p
     assert (twin.mode, twin.learning_rate) == (mode, 0.1)
 
 
+def test_a_number_of_numpy_comes_back_as_one_of_python(tmp_path: Path) -> None:
+    Configured(0.1, mode=np.int64(3)).save(tmp_path / "a")
+    assert gs.load(tmp_path / "a", rules=[Configured]).mode == 3
+
+
 # Parameters
 
 
-@pytest.mark.xfail(strict=True, reason="load takes every parameter for one that is trained")
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_parameters_that_are_no_floats_are_saved_and_loaded_with_the_others(library: str, tmp_path: Path) -> None:
     """A model's buffers: counters and masks, which get no gradients."""
@@ -146,7 +150,6 @@ def test_parameters_that_are_no_floats_are_saved_and_loaded_with_the_others(libr
     assert gs.load(path).step == 1
 
 
-@pytest.mark.xfail(strict=True, reason="save raises AttributeError")
 @pytest.mark.parametrize("bad", ["text", 1.0, object()], ids=["text", "float", "object"])
 def test_a_parameter_that_is_no_array_is_an_error_of_gradsteps(bad: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"

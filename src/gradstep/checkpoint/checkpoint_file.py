@@ -199,7 +199,7 @@ def latest(folder: Path_) -> Path | None:
     """
     candidates: list[tuple[int, int, str]] = []
     for path in Path(os.fsdecode(folder)).iterdir():
-        if path.suffix == ".safetensors" and not path.name.startswith("."):
+        if path.suffix == ".safetensors" and not path.name.startswith(".") and path.is_file():
             with _left_out(path), opened(path) as file:
                 candidates.append((path.stat().st_mtime_ns, step_of(file.document.optimizer), str(path)))
     for *_, name in sorted(candidates, reverse=True):

@@ -1,6 +1,6 @@
 """The arrays of a checkpoint compared with those that there are, or that given parameters need."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from gradstep.arrays.stored import dtype_of
@@ -67,15 +67,16 @@ class Comparison:
         self.differences += [*lacking, *unlike, *foreign]
         return not lacking and not unlike
 
-    def sums(self, there: Mapping[str, str], wants: Wants | None) -> dict[str, str]:
-        """The keys of the sums that fit."""
+    def sums(self, there: Mapping[str, str], wants: Wants | None, given: Container[str]) -> dict[str, str]:
+        """The keys of the sums that fit, those of parameters among `given` that want nothing, being frozen, too."""
         fitting: dict[str, str] = {}
         for name, key in there.items():
             where, found = f"sums[{name!r}]", self._tensors.shape(key)
-            if wants is not None and name not in wants:
+            want = None if wants is None else wants.get(name)
+            if wants is not None and name not in given:
                 self.differences.append(unexpected(where, str(found)))
-            elif wants is not None and wants[name].sum_shape != found:
-                self.differences.append(different(where, str(found), str(wants[name].sum_shape)))
+            elif want is not None and want.sum_shape != found:
+                self.differences.append(different(where, str(found), str(want.sum_shape)))
             else:
                 fitting[name] = key
         return fitting

@@ -28,7 +28,7 @@ def make(node: Node, rules: Rules, functions: Functions, what: str) -> Optimizer
     """
     decoder = Decoder(functions)
     made = _Maker(rules, decoder, what).make("opt", node)
-    decoder.check_functions(what)
+    decoder.refuse_lacking(what)
     return made
 
 

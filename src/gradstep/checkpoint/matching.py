@@ -72,7 +72,7 @@ def match_trees(
     matcher = _Matcher(whose, Decoder(functions))
     matcher.found.frozen = here.frozen
     matcher.match("opt", here, mine, there)
-    matcher.decoder.check_functions(what, ', or keep your own hyperparameters: hyperparameters="mine"')
+    matcher.decoder.refuse_lacking(what, ', or keep your own hyperparameters: hyperparameters="mine"')
     return matcher.found
 
 
@@ -121,8 +121,7 @@ class _Matcher:
         for route, place in own.items():
             child, (_, node) = here.optimizers[place], mine.routes[place]
             if route in other:
-                accepts, counterpart = there.routes[other[route]]
-                self.decoder.use(accepts)
+                _, counterpart = there.routes[other[route]]
                 self.match(f"{where}[{route}]", child, node, counterpart, outermost=False)
             else:
                 self.found.differences.append(missing(f"{where}[{route}]", title_of(node)))

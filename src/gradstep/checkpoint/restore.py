@@ -39,7 +39,7 @@ def restore(
 
     comparison = Comparison(document, tensors)
     states = [comparison.state(rule, some) for rule, some in zip(rules, wants, strict=True)]
-    sums = comparison.sums(matching.round.sums, every) if matching.round else {}
+    sums = comparison.sums(matching.round.sums, every, models or ()) if matching.round else {}
     shared = {} if named is None else comparison.parameters(named)
     differences = [*matching.differences, *comparison.differences]
     if strict and differences:
@@ -47,8 +47,10 @@ def restore(
 
     everything = zip(rules, states, wants, strict=True)
     successors = [_Successor(rule, state, tensors, some, strict=strict) for rule, state, some in everything]
-    totals = {name: tensors.read(key) for name, key in sums.items()}
-    landed = {name: every[name].land_sum(total) if every else total for name, total in totals.items()}
+    # A round of which a sum is left out could not go on: it begins anew.
+    whole_round = matching.round if matching.round and len(sums) == len(matching.round.sums) else None
+    totals = {name: tensors.read(key) for name, key in sums.items()} if whole_round else {}
+    landed = {n: every[n].land_sum(total) if every and n in every else total for n, total in totals.items()}
     write = _replacement(tensors, params, shared) if shared else None
     _ = optimizer.step  # no count waits for a device any more: reading was the last that could fail
     with InterruptsHeld():
@@ -61,7 +63,7 @@ def restore(
         for member in optimizer._family():
             member._begin_again(comparison.names or frozenset())
         if isinstance(optimizer, Accumulate):
-            optimizer._resume(matching.round.micro_step if matching.round else 0, landed)
+            optimizer._resume(whole_round.micro_step if whole_round else 0, landed)
     return differences
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from gradstep.checkpoint.nodes import Entry, read_all, read_text
-from gradstep.errors import CheckpointError, ConfigurationError, GradstepError, listing
+from gradstep.errors import CheckpointError, ConfigurationError, GradstepError
 from gradstep.schedules import cosine_decay, exponential_decay, join_schedules, linear_schedule, step_decay
 
 Functions: TypeAlias = Mapping[str, Any]
@@ -68,27 +68,16 @@ class Decoder:
 
     def __init__(self, functions: Functions) -> None:
         self._functions = functions
-        self._used: set[str] = set()
         self._lacking: dict[str, list[str]] = {}  # names of functions that nobody has, and where they are needed
 
-    def use(self, accepts: Any) -> None:
-        """Note that a filter goes by its name."""
-        if accepts is not None and accepts["kind"] == "function":
-            self._used.add(accepts["name"])
-
-    def check_functions(self, source: str, remedy: str = "") -> None:
-        """Raise `ConfigurationError` if functions were needed that nobody has, or given that nobody needs."""
-        useless = [name for name in self._functions if name not in self._used]
+    def refuse_lacking(self, source: str, remedy: str = "") -> None:
+        """Raise `ConfigurationError` if functions were needed that nobody has."""
         if self._lacking:
             places = "; ".join(f"{name!r} for {', '.join(places)}" for name, places in self._lacking.items())
             names = ", ".join(f"{name!r}: …" for name in self._lacking)
             raise ConfigurationError(
                 f"{source} names functions or objects that a checkpoint cannot hold: {places}; pass them as "
                 f"functions={{{names}}}{remedy}"
-            )
-        if useless:
-            raise ConfigurationError(
-                f"functions has {listing(useless)}, but {source} names {listing(sorted(self._used))}"
             )
 
     def decode(self, what: str, data: Any, mine: Any = None) -> Any:
@@ -132,7 +121,6 @@ class Decoder:
         return float(text)
 
     def _function(self, what: str, name: str, mine: Any) -> Any:
-        self._used.add(name)
         if name in self._functions:
             return self._functions[name]
         if mine is not None and name_of(mine) == name.partition("#")[0]:
