@@ -748,10 +748,10 @@ EVERY_KIND: dict[str, Callable[[], Any]] = {
     ("kind", "library", "part"),
     [
         ("elementwise", "NumPy", slice(None)),
-        ("elementwise", "strided", slice(0, None, 3)),
-        ("nested", "NumPy", slice(0, None, 4)),
-        ("nested", "strided", slice(1, None, 6)),
-        ("nested", "PyTorch", slice(3, None, 6)),
+        ("elementwise", "strided", slice(0, None, 6)),
+        ("nested", "NumPy", slice(0, None, 8)),
+        ("nested", "strided", slice(1, None, 12)),
+        ("nested", "PyTorch", slice(3, None, 12)),
     ],
 )
 def test_ctrl_c_at_any_line_of_a_first_step(kind: str, library: str, part: slice) -> None:
@@ -761,7 +761,7 @@ def test_ctrl_c_at_any_line_of_a_first_step(kind: str, library: str, part: slice
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("kind", "library", "part"),
-    [("elementwise", "PyTorch", slice(0, None, 2)), ("nested", "NumPy", slice(0, None, 6))],
+    [("elementwise", "PyTorch", slice(0, None, 2)), ("nested", "NumPy", slice(0, None, 12))],
 )
 def test_an_error_at_any_line_of_a_first_step(kind: str, library: str, part: slice) -> None:
     strike_first_steps(lambda: Training(EVERY_KIND[kind](), LIBRARIES[library]), inject, part)

@@ -145,10 +145,11 @@ def test_on_a_terminal_there_is_a_live_board_and_then_the_ranking(tmp_path: Path
         "--output",
         str(tmp_path),
     ]
-    process, terminal = pty.fork()
-    if process == 0:
-        variables = {**environment(), "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40"}
-        os.execve(sys.executable, [sys.executable, "-c", MAIN, *arguments], variables)
+    terminal, other_side = pty.openpty()
+    variables = {**environment(), "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40"}
+    command = [sys.executable, "-c", MAIN, *arguments]
+    process = subprocess.Popen(command, env=variables, stdin=other_side, stdout=other_side, stderr=other_side)
+    os.close(other_side)
     shown = b""
     while select.select([terminal], [], [], 60)[0]:
         try:
@@ -158,9 +159,9 @@ def test_on_a_terminal_there_is_a_live_board_and_then_the_ranking(tmp_path: Path
         if not part:
             break
         shown += part
-    _, status = os.waitpid(process, 0)
+    os.close(terminal)
     text = shown.decode()
-    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert process.wait() == 0, text
     board, _, ranking = text.rpartition("my_task.py: 2 optimizers")
     assert "Ctrl-C keeps what is finished" in board
     last_board = board.rpartition("Ctrl-C keeps what is finished")[2]
