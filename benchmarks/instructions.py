@@ -143,7 +143,9 @@ def main() -> None:
             subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", other, options.against], check=True)
         try:
             print("thousands of instructions in a step")
-            print(f"{'case':44}{'work tree':>12}" + (f"{options.against[:10]:>12}{'ratio':>8}" if options.against else ""))
+            print(
+                f"{'case':44}{'work tree':>12}" + (f"{options.against[:10]:>12}{'ratio':>8}" if options.against else "")
+            )
             for library in LIBRARIES:
                 for case in CASES:
                     name = f"{library}, {case}"

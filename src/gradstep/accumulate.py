@@ -27,7 +27,7 @@ from gradstep.step.scalars import Scales
 from gradstep.tree import named_arrays
 
 Params = TypeVar("Params")
-OWN = frozenset({"_inner", "_every", "_round", "_adders", "_seen", "_lock", "_plan", "_serial"})
+OWN = frozenset({"_inner", "_every", "_round", "_adders", "_seen", *Optimizer._uncopied})
 
 
 class Accumulate(Optimizer):
@@ -141,9 +141,9 @@ class Accumulate(Optimizer):
         if self._every == 1:
             self._inner._scaled_step(grads, params, scale)
         elif self._round.count < self._every - 1:
-            self._add(named_arrays(grads, "grads"), named_arrays(params, "params"), scale)
+            self._add(self._name_grads(grads), self._name_params(params), scale)
         else:
-            self._finish(named_arrays(grads, "grads"), params, scale)
+            self._finish(self._name_grads(grads), params, scale)
 
     def _add(self, wanted: Mapping[str, Any], named: Mapping[str, Any], scale: float) -> None:
         """Add a micro-batch to the sums: a step of their own, in which they are the parameters."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradstep.arrays.library import OTHER, Found
 from gradstep.arrays.exchange import get_item
+from gradstep.arrays.library import OTHER, Found
 from gradstep.program.compiler import load_function
 
 Array = np.ndarray[Any, Any]
