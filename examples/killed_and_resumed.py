@@ -1,6 +1,7 @@
 """A run that is killed again and again, at any moment, also while it saves, ends with the bits of one left alone."""
 
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,8 @@ def kill_and_resume(folder: Path, seed: int = 0) -> list[int]:
                     worker.kill()
         if worker.returncode == 0:
             return killed
+        if worker.returncode != -signal.SIGKILL:
+            raise RuntimeError("the worker failed by itself")
         killed.append(step)
 
 

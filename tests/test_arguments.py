@@ -42,6 +42,8 @@ def spelled(value: object) -> str:
         (gs.NonFiniteGradientError, ValueError),
         (gs.RuleError, TypeError),
         (gs.TracingError, RuntimeError),
+        (gs.CheckpointError, ValueError),
+        (gs.MismatchError, ValueError),
     ],
 )
 def test_an_error_can_be_caught_as_gradsteps_or_as_the_builtin(error: Any, builtin: Any) -> None:

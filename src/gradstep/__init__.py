@@ -1,6 +1,9 @@
 """The optimizer step, done right: fused, all-or-nothing, state by name, on arrays of NumPy, PyTorch, JAX and MLX."""
 
 from gradstep.accumulate import Accumulate
+from gradstep.bridges.mlx import from_mlx, to_mlx
+from gradstep.bridges.optax import from_optax, to_optax
+from gradstep.bridges.torch import from_torch, to_torch
 from gradstep.checkpoint.checkpoint_file import latest, load
 from gradstep.checkpoint.differences import Difference
 from gradstep.clip import clip_grad_norm
@@ -87,6 +90,9 @@ __all__ = [
     "exp",
     "explain",
     "exponential_decay",
+    "from_mlx",
+    "from_optax",
+    "from_torch",
     "join_schedules",
     "latest",
     "linear_schedule",
@@ -103,6 +109,9 @@ __all__ = [
     "sign",
     "sqrt",
     "step_decay",
+    "to_mlx",
+    "to_optax",
+    "to_torch",
     "value_and_grad",
     "where",
 ]

@@ -136,8 +136,18 @@ class Accumulate(Optimizer):
 
     def _scaled_step(self, grads: object, params: object, scale: float) -> None:
         self._check_options()
-        if any(isinstance(total, Stored) for total in self._round.sums.values()):
-            self._land(named_arrays(params, "params"))
+        loaded = {name: total for name, total in self._round.sums.items() if isinstance(total, Stored)}
+        before = self._round.count
+        try:
+            if loaded:
+                self._land(loaded, named_arrays(params, "params"))
+            self._scaled_call(grads, params, scale)
+        except BaseException:
+            if self._round.count == before:  # nothing has been added: the sums belong to no library still
+                self._round.sums.update(loaded)
+            raise
+
+    def _scaled_call(self, grads: object, params: object, scale: float) -> None:
         if self._every == 1:
             self._inner._scaled_step(grads, params, scale)
         elif self._round.count < self._every - 1:
@@ -175,6 +185,8 @@ class Accumulate(Optimizer):
         if seen is None or not seen.shows(list(wanted), chosen):
             parameters = dict(zip(wanted, chosen, strict=True))
             library = recognise(params=parameters, grads=wanted)
+            self._inner._assign_known(parameters)  # what the step would refuse for its name belongs here
+            self._inner._known_names |= named.keys()
             if library.in_place is False:
                 refuse_tracing(library, chosen)
             held = {name: self._sum_for(library, name, parameter) for name, parameter in parameters.items()}
@@ -218,11 +230,9 @@ class Accumulate(Optimizer):
         self._round.count = count
         self._round.sums.update(sums)
 
-    def _land(self, named: Mapping[str, Any]) -> None:
+    def _land(self, loaded: Mapping[str, Stored], named: Mapping[str, Any]) -> None:
         """Give sums that have been loaded to the array library of their parameters."""
-        landing = {n: total for n, total in self._round.sums.items() if isinstance(total, Stored) and n in named}
-        if not landing:
-            return
+        landing = {name: total for name, total in loaded.items() if name in named}
         library = recognise(params={name: named[name] for name in landing})
         for name, total in landing.items():
             check_stored_sum(library, name, total, named[name])

@@ -48,7 +48,7 @@ NON_POSITIVE = Check("<= 0", _non_positive)
 DECAY = Check("in [0, 1)", _decay)
 
 
-class Moment(NamedTuple):
+class Resolved(NamedTuple):
     """What a schedule gave: its value for the step `stamp`, and the one that a coming step has waiting, if any."""
 
     stamp: int
@@ -102,16 +102,16 @@ class Cell:
             (self._stamp, self._value), self._pending = self._pending, None
 
     @property
-    def moment(self) -> Moment:
+    def resolved(self) -> Resolved:
         """What the schedule gave last, and what waits for the coming step."""
-        return Moment(self._stamp, self._value, self._pending)
+        return Resolved(self._stamp, self._value, self._pending)
 
-    @moment.setter
-    def moment(self, moment: Moment) -> None:
-        for value in (moment.value, *([moment.pending[1]] if moment.pending else ())):
+    @resolved.setter
+    def resolved(self, resolved: Resolved) -> None:
+        for value in (resolved.value, *([resolved.pending[1]] if resolved.pending else ())):
             if not (math.isfinite(value) and self.check.holds(value)):
                 raise OutOfRangeError(f"{self.label} must be {self.check.text}, got {value!r}")
-        self._stamp, self._value, self._pending = moment
+        self._stamp, self._value, self._pending = resolved
 
     def check_rounded(self, step: int, dtype: str) -> None:
         """Repeat the check on the value as the compute dtype holds it."""

@@ -166,6 +166,17 @@ class MultiOptimizer(Optimizer):
     def _family(self) -> list[Optimizer]:
         return [self, *(member for child in self._children for member in child._family())]
 
+    def _go_on_from(self, step: int) -> None:
+        """Let everybody have taken so many steps, and ask filters again."""
+        self._awaited.settle()
+        self._step, self._routes = step, {}
+        for child in self._children:
+            if isinstance(child, MultiOptimizer):
+                child._go_on_from(step)
+            else:
+                for leaf in child._leaves():
+                    leaf.go_on_from(step)
+
     def _count_step(self, outcome: Outcome | None = None) -> None:
         if outcome is None:
             self._advance()

@@ -11,6 +11,8 @@ from gradstep.tree import named_arrays
 if TYPE_CHECKING:
     from gradstep.checkpoint.differences import Difference
     from gradstep.checkpoint.matching import Whose
+    from gradstep.checkpoint.nodes import Document
+    from gradstep.checkpoint.tensors import Tensors
     from gradstep.checkpoint.values import Functions
     from gradstep.optimizer import Optimizer
 
@@ -42,8 +44,8 @@ class Persistent(ABC):
             path: where; the folder must exist.
             params: parameters to be saved too, by name or nested like those of a step; other arrays may be among
                 them, such as `model.state_dict()` has. Default: none.
-            keep: how many files to keep: this one, and the ones before as `name.1.suffix`, `name.2.suffix` and so on.
-                Default: this one.
+            keep: how many files to keep: this one, and the ones before as `name.1.suffix`, `name.2.suffix` and so on,
+                which overwrite what has these names. Default: this one.
 
         Raises:
             OSError: the file cannot be written; the old one is still there.
@@ -71,12 +73,15 @@ class Persistent(ABC):
         """Go on from a file that `save` wrote, bit for bit; wholly or, on any error, not at all.
 
         Names, shapes, slots, dtypes, the tree of optimizers, their families and storage are compared with this
-        optimizer, and with `params` or `like` where they are given; every array is verified. Without parameters to
-        compare with, the first step checks that it brings no others than the file has.
+        optimizer, and with `params` or `like` where they are given; every array that is loaded is verified. Without
+        parameters to compare with, the first step checks that it brings no others than the file has. (Parameters in
+        memory are verified, then read again into their place: only a disk that fails in between leaves some of
+        them old.)
 
         Args:
             path: the file.
-            params: parameters to be overwritten with those of the file. Default: the file's are left alone.
+            params: parameters to be overwritten with those of the file. Default: the file's are left alone, with a
+                warning if `like` is not given either.
             like: parameters, of whose library and in whose layout and place the state is made. Default: `params`, or
                 else those of the next step.
             strict: whether anything missing, unexpected or different is an error. If not, what fits is loaded: a
@@ -93,32 +98,31 @@ class Persistent(ABC):
             MismatchError: the file does not fit; lists all differences.
             CheckpointError: the file is damaged, or no checkpoint.
             ConfigurationError: the file names a function that neither the optimizer nor `functions` has.
+            ReadOnlyError, DtypeError: `params` cannot be written, or have a dtype that cannot be trained.
             OSError: the file cannot be read.
 
         Example:
             >>> import gradstep as gs, numpy as np, tempfile
             >>> path, params = tempfile.mkdtemp() + "/run.safetensors", {"w": np.zeros(2, np.float32)}
             >>> gs.Adam(0.1).save(path, params)
-            >>> gs.SGD(0.1).load(path, strict=False)
+            >>> gs.SGD(0.1).load(path, params, strict=False)
             [Difference(kind='different', where='opt', file='Adam', here='SGD')]
         """
-        from gradstep.checkpoint import checkpoint_file, restore
+        from gradstep.checkpoint import checkpoint_file
 
         whose = _checked_whose(hyperparameters)
         with checkpoint_file.opened(path) as file:
-            return self._exclusively(
-                lambda: restore.restore(
-                    self._itself, file.document, file.tensors,
-                    params=params, like=like, strict=strict, whose=whose, functions=functions or {},
-                )
-            )  # fmt: skip
+            if params is None and like is None:
+                file.warn_of_parameters(stacklevel=2)
+            return self._restore(file.document, file.tensors, params, like, strict, whose, functions)
 
     def state_dict(self) -> dict[str, Any]:
         """What `save` would put into a file, for checkpoints of your own: plain data, and arrays by key.
 
         Returns:
             A dict with `"gradstep"`, which is made of dicts, lists, texts, numbers and None, and `"tensors"`, the live
-            arrays: the next step changes those of NumPy and PyTorch. `copy.deepcopy` makes a snapshot of it.
+            arrays: the next step changes those of NumPy and PyTorch, and with `donate=True` it deletes those of JAX.
+            `copy.deepcopy` makes a snapshot of it.
 
         Example:
             >>> import gradstep as gs, numpy as np
@@ -146,16 +150,26 @@ class Persistent(ABC):
             >>> twin.learning_rate
             0.1
         """
-        from gradstep.checkpoint import restore, snapshot
+        from gradstep.checkpoint import snapshot
 
         whose = _checked_whose(hyperparameters)
         document, tensors = snapshot.from_state_dict(state_dict)
-        return self._exclusively(
-            lambda: restore.restore(
-                self._itself, document, tensors,
-                params=None, like=like, strict=strict, whose=whose, functions=functions or {},
-            )
-        )  # fmt: skip
+        return self._restore(document, tensors, None, like, strict, whose, functions)
+
+    def _restore(
+        self, document: "Document", tensors: "Tensors", params: object, like: object, strict: bool, whose: "Whose",
+        functions: "Functions | None",
+    ) -> "list[Difference]":  # fmt: skip
+        from gradstep.checkpoint import restore, snapshot
+
+        def body() -> "list[Difference]":
+            mine = snapshot.snapshot(self._itself, {}).document.optimizer
+            return restore.restore(
+                self._itself, mine, document, tensors,
+                params=params, like=like, strict=strict, whose=whose, functions=functions or {},
+            )  # fmt: skip
+
+        return self._exclusively(body)
 
 
 def _checked_whose(hyperparameters: object) -> "Whose":

@@ -8,7 +8,7 @@ from types import MethodType
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
-from gradstep.hyperparameters import Cell, Field, Moment, Pair
+from gradstep.hyperparameters import Cell, Field, Pair, Resolved
 from gradstep.program.graph import Trace
 
 Group: TypeAlias = tuple[str, ...]
@@ -60,29 +60,37 @@ class Settings:
                 cell.publish()
         return new
 
-    def restored(self, given: Mapping[str, object], moments: Mapping[str, Sequence[Moment]], step: int) -> "Settings":
+    def restored(
+        self, given: Mapping[str, object], resolved: Mapping[str, Sequence[Resolved]], step: int
+    ) -> "Settings":
         """Other settings of the same owner: these values, with what schedules gave, or else resolved now."""
         new = Settings(self._owner, self._fields)
         for name in self._fields:
             new._adopt(name, given[name])
-            cells = [cell for cell in new._cells[name] if cell.source.is_schedule]
-            known = moments.get(name, ())
+            cells, known = new._scheduled_of(name), resolved.get(name, ())
             if known and len(known) != len(cells):
                 raise ConfigurationError(
-                    f"{self._owner}'s {name} has {len(cells)} schedules, but values of {len(known)} are known"
+                    f"{self._owner}'s {name} has {len(cells)} schedules, but the checkpoint has values of "
+                    f"{len(known)}; a schedule that it only names must be a function step -> float"
                 )
-            for cell, moment in zip(cells, known, strict=bool(known)):
-                cell.moment = moment
+            for cell, value in zip(cells, known, strict=bool(known)):
+                cell.resolved = value
             for cell in cells if not known else ():
                 cell.resolve(step)
                 cell.publish()
         return new
 
     @property
-    def moments(self) -> dict[str, tuple[Moment, ...]]:
-        """What each schedule gave, by hyperparameter."""
-        scheduled = {name: [c for c in cells if c.source.is_schedule] for name, cells in self._cells.items()}
-        return {name: tuple(cell.moment for cell in cells) for name, cells in scheduled.items() if cells}
+    def resolved(self) -> dict[str, tuple[Resolved, ...]]:
+        """What schedules gave, by hyperparameter, in the order in which their values are given."""
+        everything = {name: tuple(cell.resolved for cell in self._scheduled_of(name)) for name in self._fields}
+        return {name: values for name, values in everything.items() if values}
+
+    def _scheduled_of(self, name: str) -> list[Cell]:
+        """The schedules of one hyperparameter, one that is shared by several globs as often as it is given."""
+        choices = self._choices.get(name)
+        cells = self._cells[name] if choices is None else [cell for choice in choices.values() for cell in choice.cells]
+        return [cell for cell in cells if cell.source.is_schedule]
 
     # Groups
 

@@ -149,3 +149,15 @@ def _try_to_write(container: Any, key: object) -> None:
             f"params: the entry {key!r} of a {type(container).__name__} cannot be replaced, and arrays of this library "
             "cannot be written in place; use dicts and lists"
         ) from error
+
+
+def name_of_path(path: Sequence[object]) -> str:
+    """The name of a leaf by its path as JAX gives it."""
+    return ".".join(map(_spell_key, path))
+
+
+def _spell_key(key: object) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -48,21 +48,23 @@ def test_wrong_usage_ends_with_two(arguments: list[str]):
 
 
 @pytest.mark.parametrize(
-    ("package", "arguments", "what"),
+    ("package", "arguments", "what", "extra"),
     [
-        ("typer", ["--version"], "The command line"),
-        ("rich", ["race"], "gradstep race"),
-        ("matplotlib", ["race"], "gradstep race"),
-        ("sklearn", ["race"], "The task digits"),
+        ("typer", ["--version"], "The command line", "cli"),
+        ("rich", ["inspect", "run.safetensors"], "gradstep inspect", "cli"),
+        ("rich", ["diff", "a.safetensors", "b.safetensors"], "gradstep diff", "cli"),
+        ("rich", ["race"], "gradstep race", "race"),
+        ("matplotlib", ["race"], "gradstep race", "race"),
+        ("sklearn", ["race"], "The task digits", "race"),
     ],
 )
-def test_a_missing_package_is_one_line(package: str, arguments: list[str], what: str, tmp_path: Path):
+def test_a_missing_package_is_one_line(package: str, arguments: list[str], what: str, extra: str, tmp_path: Path):
     block = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.modules[{package!r}] = None"
     result = run_gradstep(*arguments, before=block)
     assert result.returncode == 2
     assert result.stdout == ""
     assert re.fullmatch(
-        rf'error: {what} needs the package {package}, which is not installed: pip install "gradstep\[race\]"\n',
+        rf'error: {what} needs the package {package}, which is not installed: pip install "gradstep\[{extra}\]"\n',
         result.stderr,
     )
     assert list(tmp_path.iterdir()) == []

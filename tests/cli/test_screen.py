@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from test_ranking import ONE, RATES, TWO, a_run, seeds
 
+from gradstep.cli.numbers import bytes_text, decimals, duration_text, rate_text, short, with_spread
 from gradstep.cli.race.contest import Run
-from gradstep.cli.race.numbers import bytes_text, decimals, duration_text, rate_text, short, with_spread
 from gradstep.cli.race.ranking import Place, rank
 from gradstep.cli.race.screen import show_findings, show_ranking
 

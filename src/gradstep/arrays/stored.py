@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstep.arrays.library import Form, FunctionalLibrary, MemoryLibrary, owner
+from gradstep.arrays.library import Form, FunctionalLibrary, Library, MemoryLibrary, owner
 from gradstep.arrays.memory import bits_dtype
 from gradstep.arrays.numpy import NUMPY
 from gradstep.errors import ArgumentTypeError, DtypeError
@@ -55,20 +55,41 @@ class Stored:
 
 def dtype_of(array: Any) -> str:
     """The name of an array's dtype, whoever owns it."""
-    return array.dtype if isinstance(array, Stored) else str(array.dtype).rpartition(".")[-1].rstrip("_")
-
-
-def bits_of(array: Any, what: str) -> Bits:
-    """The elements of an array of any library, in C order; its own memory where it lies so."""
     if isinstance(array, Stored):
-        return array.bits
+        return array.dtype
+    return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[-1].rstrip("_")
+
+
+def check_array(array: Any, what: str) -> Library:
+    """The library of an array whose elements can be read.
+
+    Raises:
+        ArgumentTypeError: it is none, or masked.
+    """
     library = owner(array)
     if library is None:
         raise ArgumentTypeError(f"{what} is a {type(array).__name__}; expected an array of NumPy, PyTorch, JAX or MLX")
+    if isinstance(array, np.ma.MaskedArray):
+        raise ArgumentTypeError(f"{what} is a masked array, and its mask would be lost; pass .filled()")
+    return library
+
+
+def bits_of(array: Any, what: str) -> Bits:
+    """The elements of an array of any library, in C order; its own memory where it lies so.
+
+    Raises:
+        ArgumentTypeError: it is no array, or one whose elements do not lie in memory.
+    """
+    if isinstance(array, Stored):
+        return array.bits
+    library = check_array(array, what)
     if library is NUMPY:
         array = np.asarray(array)
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    bits = library.as_numpy(array)
+    try:
+        bits = library.as_numpy(array)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ArgumentTypeError(f"{what} is no array whose elements can be read where they lie: {error}") from None
     return np.ascontiguousarray(bits).reshape(bits.shape)  # the former makes a vector of what has no dimensions
 
 

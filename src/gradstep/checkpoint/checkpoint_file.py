@@ -14,12 +14,12 @@ from gradstep.arrays.stored import bits_of, dtype_of
 from gradstep.checkpoint.container import CODES, Container, Tensor, write
 from gradstep.checkpoint.files import replacing
 from gradstep.checkpoint.making import make
-from gradstep.checkpoint.nodes import Document, from_json, keys_of
+from gradstep.checkpoint.nodes import Document, from_json, keys_of, step_of
 from gradstep.checkpoint.restore import restore
 from gradstep.checkpoint.snapshot import Snapshot
 from gradstep.checkpoint.tensors import FileTensors
 from gradstep.checkpoint.values import Functions
-from gradstep.errors import ArgumentTypeError, CheckpointError, OutOfRangeError
+from gradstep.errors import ArgumentTypeError, CheckpointError, ConfigurationError, OutOfRangeError
 from gradstep.optimizer import Optimizer
 from gradstep.rules.base import RuleOptimizer
 
@@ -33,7 +33,7 @@ def save(path: Path_, content: Snapshot, keep: int | None) -> None:
     count = _checked_keep(keep)
     document = json.dumps(content.document.to_json(), allow_nan=False, separators=(",", ":"))
     tensors = [
-        Tensor(key, dtype_of(array), tuple(array.shape), partial(bits_of, array, key))
+        Tensor(key, dtype_of(array), tuple(array.shape), partial(bits_of, array, repr(key)))
         for key, array in content.arrays.items()
     ]
     forms = {tensor.key: (tensor.dtype, tensor.shape) for tensor in tensors}
@@ -94,13 +94,19 @@ def load(
         Lion(learning_rate=cosine_decay(init=0.0001, decay_steps=100, end=0.0), betas=(0.9, 0.99), weight_decay=0.1)
     """
     with opened(path) as file:
-        known = {rule.__name__: rule for rule in rules}
-        optimizer = make(file.document.optimizer, known, functions or {}, file.tensors.name)
+        if params is None and like is None:
+            file.warn_of_parameters(stacklevel=2)
+        node = file.document.optimizer
+        optimizer = make(node, _checked_rules(rules), functions or {}, file.tensors.name)
         restore(
-            optimizer, file.document, file.tensors,
+            optimizer, node, file.document, file.tensors,
             params=params, like=like, strict=True, whose="file", functions=functions or {},
         )  # fmt: skip
         return optimizer
+
+
+class NoCheckpointError(CheckpointError):
+    """A whole file that holds something else."""
 
 
 class CheckpointFile(NamedTuple):
@@ -110,6 +116,25 @@ class CheckpointFile(NamedTuple):
     tensors: FileTensors
     container: Container
     hashes: Mapping[str, str]
+
+    def warn_of_parameters(self, stacklevel: int) -> None:
+        """Warn that parameters are left where they are."""
+        if self.document.parameters:
+            warnings.warn(
+                f"{self.tensors.name} holds the parameters too, and they are not loaded: pass params to overwrite "
+                "yours with them, or like=params if yours are right already",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def _checked_rules(rules: Iterable[type[RuleOptimizer]]) -> dict[str, type[RuleOptimizer]]:
+    if isinstance(rules, type):
+        raise ArgumentTypeError(f"rules must be a list of classes: write [{rules.__name__}]")
+    known: dict[str, type[RuleOptimizer]] = {}
+    for rule in rules:
+        if known.setdefault(rule.__name__, rule) is not rule:
+            raise ConfigurationError(f"rules has two classes named {rule.__name__}; pass the one that the file is of")
+    return known
 
 
 @contextlib.contextmanager
@@ -123,7 +148,7 @@ def opened(path: Path_) -> Generator[CheckpointFile]:
     with Container(path) as container:
         metadata = container.metadata
         if DOCUMENT not in metadata:
-            raise CheckpointError(
+            raise NoCheckpointError(
                 f"{path} is a safetensors file, but no checkpoint of gradstep's: its metadata lacks {DOCUMENT!r}"
             )
         absent = [name for name in (HASHES, DIGEST) if name not in metadata]
@@ -146,9 +171,11 @@ def verify(path: Path_) -> None:
 
 
 def latest(folder: Path_) -> Path | None:
-    """The newest whole checkpoint of a folder, by the time of writing; damaged files are left out, with a warning.
+    """The newest whole checkpoint of a folder; damaged ones are left out, with a warning.
 
-    Every byte of the newest file is read and compared with its SHA-256; if it is damaged, the next one is tried.
+    Files whose names end in `.safetensors` are looked at, those that hold something else left alone. The newest is the
+    one that was written last; of several written at once, the one with the most steps. Every byte of it is read
+    and compared with its SHA-256; if it is damaged, the next one is tried.
 
     Args:
         folder: where to look; not in folders below it.
@@ -170,28 +197,25 @@ def latest(folder: Path_) -> Path | None:
         >>> gs.latest(folder).name
         'run.safetensors'
     """
-    ages: dict[Path, int] = {}
-    for path in sorted(Path(folder).iterdir()):
-        with contextlib.suppress(FileNotFoundError):  # somebody may be saving, and keeping older ones
-            ages[path] = -path.stat().st_mtime_ns
-    for path in sorted(ages, key=lambda path: ages[path]):
-        try:
-            if path.name.startswith(".") or not path.is_file() or not _may_be_checkpoint(path):
-                continue
-            verify(path)
-        except CheckpointError as error:
-            warnings.warn(f"left out, an older checkpoint is taken: {error}", stacklevel=2)
-        except FileNotFoundError:
-            continue
-        else:
-            return path
+    candidates: list[tuple[int, int, str]] = []
+    for path in Path(os.fsdecode(folder)).iterdir():
+        if path.suffix == ".safetensors" and not path.name.startswith(".") and path.is_file():
+            with _left_out(path), opened(path) as file:
+                candidates.append((path.stat().st_mtime_ns, step_of(file.document.optimizer), str(path)))
+    for *_, name in sorted(candidates, reverse=True):
+        with _left_out(Path(name)):
+            verify(name)
+            return Path(name)
     return None
 
 
-def _may_be_checkpoint(path: Path) -> bool:
-    """Whether a file is a checkpoint or was one; other files of a folder are nobody's concern."""
+@contextlib.contextmanager
+def _left_out(path: Path) -> Generator[None]:
+    """Warn of a checkpoint that cannot be read. Somebody else may be renaming it: that is no damage."""
     try:
-        with Container(path) as container:
-            return DOCUMENT in container.metadata
-    except CheckpointError:
-        return path.suffix == ".safetensors"
+        yield
+    except FileNotFoundError:
+        return
+    except (CheckpointError, OSError) as error:
+        if not isinstance(error, NoCheckpointError):
+            warnings.warn(f"{path.name} was left out: {error}", stacklevel=4)

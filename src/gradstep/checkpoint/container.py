@@ -28,6 +28,7 @@ CODES = {
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 METADATA = "__metadata__"
 LARGEST_HEADER = 100_000_000  # as in the format's own readers
+LARGEST = 1 << 59  # elements of a tensor
 MOST_DIMENSIONS = 64  # as in NumPy
 CHUNK = 1 << 22  # bytes that are hashed at a time
 
@@ -66,18 +67,20 @@ def write(
     unknown = "0" * 64
     blank = _header(ordered, metadata_for({tensor.key: unknown for tensor in ordered}))
     file.seek(8 + len(blank))
-    hashes: dict[str, str] = {}
-    for tensor in ordered:
-        content, digest = tensor.bits().reshape(-1).view(np.uint8).data, hashlib.sha256()
-        for at in range(0, len(content), CHUNK):
-            digest.update(content[at : at + CHUNK])
-            file.write(content[at : at + CHUNK])
-        hashes[tensor.key] = digest.hexdigest()
-    header = _header(ordered, metadata_for(hashes))
+    header = _header(ordered, metadata_for({tensor.key: _write_tensor(file, tensor) for tensor in ordered}))
     if len(header) != len(blank):
         raise AssertionError("metadata of another length")
     file.seek(0)
     file.write(len(header).to_bytes(8, "little") + header)
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> str:
+    """Write a tensor's bytes; gives their SHA-256."""
+    content, digest = tensor.bits().reshape(-1).view(np.uint8).data, hashlib.sha256()
+    for at in range(0, len(content), CHUNK):
+        digest.update(content[at : at + CHUNK])
+        file.write(content[at : at + CHUNK])
+    return digest.hexdigest()
 
 
 def _itemsize(tensor: Tensor) -> int:
@@ -113,7 +116,7 @@ class Container:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         _refuse_big_endian()
-        self.path = Path(path)
+        self.path = Path(os.fsdecode(path))
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             self.metadata, self.tensors = self._read_header()
@@ -172,6 +175,8 @@ class Container:
         if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
             raise self.damaged(f"tensor {key!r} has a malformed shape or malformed offsets")
         dtype, (begin, end) = DTYPES[code], offsets
+        if math.prod(size for size in shape if size) >= LARGEST:
+            raise self.damaged(f"tensor {key!r} of shape {tuple(shape)} has more elements than any memory")
         if end - begin != math.prod(shape) * np.dtype(bits_dtype(dtype)).itemsize:
             raise self.damaged(
                 f"tensor {key!r} of dtype {dtype} and shape {tuple(shape)} cannot have {end - begin} bytes"
@@ -184,6 +189,9 @@ class Container:
         Raises:
             CheckpointError: it is something else.
         """
+        brackets = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
+        if brackets > len(text) / 8 + 100:  # each becomes an object many times its size
+            raise self.damaged(f"{what} has more lists and mappings than any checkpoint")
         try:
             found = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:

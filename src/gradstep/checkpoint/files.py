@@ -23,17 +23,18 @@ def replacing(path: str | os.PathLike[str], keep: int = 1) -> Generator[BinaryIO
         path: the file to be replaced; a link stays one.
         keep: how many files there are to be, the new one and older ones; see `older`.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(os.fsdecode(path)))
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into", str(target.parent))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected the name of a file to save into, got a folder", str(path))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "expected the name of a file to save into; what is there is no file", str(target))
     _remove_left_over(target)
     with _beside(target) as (file, place):
         yield file
         _sync(file)
-        _rotate(target, keep)
-        _rename(file, place, target)
+        with _turn(target.parent):
+            _rotate(target, keep)
+            _rename(file, place, target)
     _sync_folder(target.parent)
 
 
@@ -43,17 +44,13 @@ def older(path: Path, age: int) -> Path:
 
 
 def _rotate(target: Path, keep: int) -> None:
-    """Move older files on by one, drop those that are too old, and give the newest one its second name."""
+    """Move older files on by one, over the one that is too old, and give the newest one its second name."""
     newest = older(target, 1)
     if keep < 2 or not target.exists() or (newest.exists() and newest.samefile(target)):
         return  # the last happens after a crash between here and the renaming
     for age in range(keep - 1, 1, -1):
         with contextlib.suppress(FileNotFoundError):
             os.replace(older(target, age - 1), older(target, age))
-    age = keep
-    while older(target, age).exists():
-        older(target, age).unlink()
-        age += 1
     newest.unlink(missing_ok=True)
     try:
         os.link(target, newest)
@@ -61,6 +58,7 @@ def _rotate(target: Path, keep: int) -> None:
         with _beside(newest) as (file, place), target.open("rb") as old:
             shutil.copyfileobj(old, file)
             _sync(file)
+            shutil.copystat(target, place)  # the time of writing tells which is the newest
             _rename(file, place, newest)
 
 
@@ -70,7 +68,7 @@ def _beside(target: Path) -> Generator[tuple[BinaryIO, Path]]:
     while True:
         place = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}")
         file = os.fdopen(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666), "wb")
-        if _claims(file) and place.exists():  # else somebody has just taken it for left over
+        if _claim(file) is not False and place.exists():  # else somebody has just taken it for left over
             break
         file.close()
     try:
@@ -95,22 +93,37 @@ def _prefix(target: Path) -> str:
 def _remove_left_over(target: Path) -> None:
     """Remove what killed processes have left here: nobody holds it any more."""
     for place in target.parent.glob(f"{_prefix(target)}*"):
-        with contextlib.suppress(OSError), place.open("rb") as file:
-            if _claims(file):
+        with contextlib.suppress(OSError), place.open("r+b") as file:
+            if _claim(file) or os.name == "nt":  # where what is open cannot be removed
                 place.unlink()
 
 
-def _claims(file: BinaryIO) -> bool:
-    """Hold a file for as long as it is open; False if somebody else does."""
-    with contextlib.suppress(ImportError):
+def _claim(file: BinaryIO) -> bool | None:
+    """Hold a file for as long as it is open; False if somebody else does, None where files cannot be held."""
+    try:
         fcntl: Any = importlib.import_module("fcntl")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
     return True
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Generator[None]:
+    """Let one process after another rename files of a folder, where folders can be held."""
+    if os.name == "nt":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            fcntl: Any = importlib.import_module("fcntl")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync(file: BinaryIO) -> None:
@@ -130,5 +143,8 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync folders
+            raise
     finally:
         os.close(handle)

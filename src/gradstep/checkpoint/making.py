@@ -6,7 +6,7 @@ from typing import Any
 
 import gradstep
 from gradstep.accumulate import Accumulate
-from gradstep.checkpoint.nodes import AccumulateNode, Entry, MultiNode, Node, RuleNode
+from gradstep.checkpoint.nodes import AccumulateNode, MultiNode, Node, RuleNode
 from gradstep.checkpoint.values import Decoder, Functions
 from gradstep.errors import CheckpointError, ConfigurationError
 from gradstep.multi import MultiOptimizer
@@ -28,7 +28,7 @@ def make(node: Node, rules: Rules, functions: Functions, what: str) -> Optimizer
     """
     decoder = Decoder(functions)
     made = _Maker(rules, decoder, what).make("opt", node)
-    decoder.check_functions(what)
+    decoder.refuse_lacking(what)
     return made
 
 
@@ -49,8 +49,7 @@ class _Maker:
     def _filter(self, where: str, accepts: Any) -> Any:
         if accepts is None:
             return None
-        entry = Entry(where, accepts)
-        return self._decoder.decode(where, accepts) if entry.raw("glob") is None else entry.get("glob", str)
+        return accepts["name"] if accepts["kind"] == "glob" else self._decoder.decode(where, accepts)
 
     def _make_rule(self, where: str, node: RuleNode) -> RuleOptimizer:
         family = self._family(where, node)
@@ -61,7 +60,7 @@ class _Maker:
                 f"{', '.join(names)}"
             )
         given = {name: self._decoder.decode(f"{where}.{name}", node.hyperparameters[name]) for name in names}
-        settings = family._blank_settings().restored(given, node.moments, node.step)
+        settings = family._blank_settings().restored(given, node.resolved, node.step)
         return family._from_parts(settings, StorageOptions(**node.storage), _options(node.options))
 
     def _family(self, where: str, node: RuleNode) -> type[RuleOptimizer]:

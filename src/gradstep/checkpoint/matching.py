@@ -1,14 +1,14 @@
 """The tree of optimizers that a checkpoint describes, matched with the one that it is loaded into."""
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from gradstep.accumulate import Accumulate
 from gradstep.checkpoint.differences import Difference, different, missing, unexpected
 from gradstep.checkpoint.nodes import AccumulateNode, MultiNode, Node, RuleNode
-from gradstep.checkpoint.snapshot import encode_filters, encode_storage, is_ours
+from gradstep.checkpoint.snapshot import encode_storage, is_ours
 from gradstep.checkpoint.values import Decoder, Functions
 from gradstep.multi import MultiOptimizer
 from gradstep.optimizer import Optimizer
@@ -25,11 +25,12 @@ OPTIONS = ("clip_norm", "nonfinite", "frozen")  # `donate` changes no number and
 
 @dataclass(frozen=True)
 class RuleMatch:
-    """An optimizer with a rule, what the checkpoint has for it, and the hyperparameters that it gets."""
+    """An optimizer with a rule, what the checkpoint has for it, and the hyperparameters that it gets: `whose`."""
 
     leaf: Leaf
     node: RuleNode
     settings: Settings
+    whose: Whose
 
 
 @dataclass
@@ -51,8 +52,18 @@ class Matching:
     frozen: Sequence[str] = ()
 
 
-def match_trees(here: Optimizer, there: Node, whose: Whose, functions: Functions, what: str) -> Matching:
+def match_trees(
+    here: Optimizer, mine: Node, there: Node, whose: Whose, functions: Functions, what: str
+) -> Matching:  # fmt: skip
     """Match two trees; nothing is changed.
+
+    Args:
+        here: the optimizer.
+        mine: what a checkpoint of it would say.
+        there: what the checkpoint says.
+        whose: whose hyperparameters count.
+        functions: those that the checkpoint only names.
+        what: what the checkpoint is called in errors.
 
     Raises:
         ConfigurationError: the checkpoint names functions that nobody has.
@@ -60,42 +71,42 @@ def match_trees(here: Optimizer, there: Node, whose: Whose, functions: Functions
     """
     matcher = _Matcher(whose, Decoder(functions))
     matcher.found.frozen = here.frozen
-    matcher.match("opt", here, there)
-    matcher.decoder.check_functions(what, ', or keep your own hyperparameters: hyperparameters="mine"')
+    matcher.match("opt", here, mine, there)
+    matcher.decoder.refuse_lacking(what, ', or keep your own hyperparameters: hyperparameters="mine"')
     return matcher.found
 
 
 class _Matcher:
     def __init__(self, whose: Whose, decoder: Decoder) -> None:
-        self._whose, self.decoder, self.found = whose, decoder, Matching()
+        self._whose: Whose = whose
+        self.decoder, self.found = decoder, Matching()
 
-    def match(self, where: str, here: Optimizer, there: Node, *, outermost: bool = True) -> None:
+    def match(self, where: str, here: Optimizer, mine: Node, there: Node, *, outermost: bool = True) -> None:
         """Match two optimizers and all below."""
-        if isinstance(here, Accumulate) or isinstance(there, AccumulateNode):
-            self._match_rounds(where, here, there)
-        elif isinstance(here, MultiOptimizer) and isinstance(there, MultiNode):
+        if isinstance(mine, AccumulateNode) or isinstance(there, AccumulateNode):
+            self._match_rounds(where, here, mine, there)
+        elif isinstance(here, MultiOptimizer) and isinstance(mine, MultiNode) and isinstance(there, MultiNode):
             self._match_options(here, there.options, outermost)
-            self._match_routes(where, here, there)
+            self._match_routes(where, here, mine, there)
         elif isinstance(here, RuleOptimizer) and isinstance(there, RuleNode):
             self._match_options(here, there.options, outermost)
             self._match_rules(where, here, there)
         else:
-            self._differ(where, _kind(there), type(here).__name__)
+            self._differ(where, title_of(there), title_of(mine))
 
     def _differ(self, where: str, file: str, here: str) -> None:
         self.found.differences.append(different(where, file, here))
 
-    def _match_rounds(self, where: str, here: Optimizer, there: Node) -> None:
-        own = here if isinstance(here, Accumulate) else None
+    def _match_rounds(self, where: str, here: Optimizer, mine: Node, there: Node) -> None:
+        own = mine if isinstance(mine, AccumulateNode) else None
         other = there if isinstance(there, AccumulateNode) else None
         if own is not None and other is not None and own.every == other.every:
             self.found.round = other
-        else:
+        elif self._whose == "file" or own is None or other is None or other.micro_step:
             named = [None if one is None else f"Accumulate(every={one.every})" for one in (other, own)]
             self._differ(where, named[0] or "no Accumulate", named[1] or "no Accumulate")
-            if own is not None:
-                self.found.changes.append(own._discard)
-        self.match(where, here if own is None else own.optimizer, there if other is None else other.optimizer)
+        inner = here.optimizer if isinstance(here, Accumulate) else here
+        self.match(where, inner, own.optimizer if own else mine, other.optimizer if other else there)
 
     def _match_options(self, here: Optimizer, options: Mapping[str, Any], outermost: bool) -> None:
         given = {name: options[name] for name in OPTIONS if name in options} if self._whose == "file" else {}
@@ -104,31 +115,26 @@ class _Matcher:
             self.found.frozen = checked.frozen
         self.found.changes += [lambda name=name: setattr(here, name, getattr(checked, name)) for name in given]
 
-    def _match_routes(self, where: str, here: MultiOptimizer, there: MultiNode) -> None:
-        own, other = _by_route(encode_filters(here)), _by_route([accepts for accepts, _ in there.routes])
+    def _match_routes(self, where: str, here: MultiOptimizer, mine: MultiNode, there: MultiNode) -> None:
+        self.found.changes.append(lambda: here._go_on_from(there.step))  # everybody, also who is not there
+        own, other = by_route(mine), by_route(there)
         for route, place in own.items():
-            if route not in other:
-                self.found.differences.append(missing(f"{where}[{route}]", type(here.optimizers[place]).__name__))
-        for route, place in other.items():
-            accepts, child = there.routes[place]
-            self.decoder.use(accepts)
-            if route not in own:
-                self.found.differences.append(unexpected(f"{where}[{route}]", _kind(child)))
+            child, (_, node) = here.optimizers[place], mine.routes[place]
+            if route in other:
+                _, counterpart = there.routes[other[route]]
+                self.match(f"{where}[{route}]", child, node, counterpart, outermost=False)
             else:
-                self.match(f"{where}[{route}]", here.optimizers[own[route]], child, outermost=False)
-
-        def change() -> None:
-            here._awaited.settle()
-            here._step, here._routes = there.step, {}
-
-        self.found.changes.append(change)
+                self.found.differences.append(missing(f"{where}[{route}]", title_of(node)))
+        for route, place in other.items():
+            if route not in own:
+                self.found.differences.append(unexpected(f"{where}[{route}]", title_of(there.routes[place][1])))
 
     def _match_rules(self, where: str, here: RuleOptimizer, there: RuleNode) -> None:
         family, leaf = type(here), here._leaf
         slots = rule_arguments(family.rule)[0]
         anybody = there.family is None
         if not anybody and (there.family, there.ours) != (family.__name__, is_ours(family)):
-            self._differ(where, _kind(there), _spell(family.__name__, ours=is_ours(family)))
+            self._differ(where, title_of(there), _spell(family.__name__, ours=is_ours(family)))
             return
         if not (set(there.slots) <= set(slots) if anybody else there.slots == slots):
             self._differ(f"{where}'s slots", ", ".join(there.slots) or "none", ", ".join(slots) or "none")
@@ -137,7 +143,8 @@ class _Matcher:
             own = encode_storage(getattr(leaf.storage.options, option)) if option in STORAGE_DEFAULTS else None
             if own != value:
                 self._differ(f"{where}.{option}", repr(value), repr(own))
-        self.found.rules.append(RuleMatch(leaf, there, self._settings(where, leaf, there)))
+        whose = self._whose if there.hyperparameters else "mine"  # a bridge may not know any
+        self.found.rules.append(RuleMatch(leaf, there, self._settings(where, leaf, there), whose))
 
     def _settings(self, where: str, leaf: Leaf, there: RuleNode) -> Settings:
         own = leaf.settings
@@ -149,25 +156,27 @@ class _Matcher:
         for name in own.given.keys() - known.keys() if there.family is not None else ():
             self.found.differences.append(missing(f"{where}.{name}", repr(own.given[name])))
         decoded = {name: self.decoder.decode(f"{where}.{name}", data, own.given[name]) for name, data in known.items()}
-        settings = own.restored({**own.given, **decoded}, there.moments, there.step)
+        settings = own.restored({**own.given, **decoded}, there.resolved, there.step)
         leaf.check_together(settings)
         return settings
 
 
-def _by_route(filters: Iterable[Any]) -> dict[str, int]:
+def by_route(node: MultiNode) -> dict[str, int]:
     """The place of each child by its route: its filter, with a number where several have the same."""
     places: dict[str, int] = {}
-    for place, accepts in enumerate(filters):
-        stem, number = "the rest" if accepts is None else repr(next(iter(accepts.values()))), 1
+    for place, (accepts, _) in enumerate(node.routes):
+        stem, number = "the rest" if accepts is None else accepts["name"], 1
+        stem = repr(stem) if accepts is not None and accepts["kind"] == "glob" else stem
         route = stem
         while route in places:
             number += 1
-            route = f"{stem}#{number}"
+            route = f"{stem} #{number}"
         places[route] = place
     return places
 
 
-def _kind(node: Node) -> str:
+def title_of(node: Node) -> str:
+    """What an optimizer is called in messages."""
     if isinstance(node, RuleNode):
         return _spell(node.family or "any rule", ours=node.ours)
     return "MultiOptimizer" if isinstance(node, MultiNode) else "Accumulate"

@@ -1,13 +1,14 @@
 """What a checkpoint says in plain data: a tree of optimizers, with the keys of their tensors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, cast
 
 from gradstep.errors import CheckpointError
-from gradstep.hyperparameters import Moment
+from gradstep.hyperparameters import Resolved
 
 FORMAT = 1
+DEEPEST = 100  # levels of plain data
 
 Value = TypeVar("Value")
 
@@ -34,14 +35,17 @@ class RuleNode:
     step: int
     state: Mapping[str, Held]
     hyperparameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    moments: Mapping[str, tuple[Moment, ...]] = field(default_factory=dict[str, tuple[Moment, ...]])
+    resolved: Mapping[str, tuple[Resolved, ...]] = field(default_factory=dict[str, tuple[Resolved, ...]])
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     storage: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
 class MultiNode:
-    """A `MultiOptimizer`: its children by route. The encoded filter of the last one is None."""
+    """A `MultiOptimizer`: its children by route.
+
+    A filter is `{"kind": "glob", "name": …}` or `{"kind": "function", "name": …}`; the last one is None.
+    """
 
     step: int
     options: Mapping[str, Any]
@@ -94,6 +98,11 @@ def rule_nodes(node: Node) -> list[RuleNode]:
     return [leaf for _, child in node.routes for leaf in rule_nodes(child)]
 
 
+def step_of(node: Node) -> int:
+    """How many steps have been taken."""
+    return step_of(node.optimizer) if isinstance(node, AccumulateNode) else node.step
+
+
 def keys_of(node: Node) -> set[str]:
     """The keys of the state and the sums of all optimizers."""
     if isinstance(node, RuleNode):
@@ -112,18 +121,18 @@ def _to_json(node: Node) -> dict[str, Any]:
     if isinstance(node, MultiNode):
         routes = [{"filter": accepts, "optimizer": _to_json(child)} for accepts, child in node.routes]
         return {"kind": "multi", "step": node.step, "options": dict(node.options), "routes": routes}
-    moments = {name: [_moment_to_json(moment) for moment in moments] for name, moments in node.moments.items()}
+    resolved = {name: list(map(_resolved_to_json, values)) for name, values in node.resolved.items()}
     state = {name: {"steps": held.steps, "arrays": dict(held.arrays)} for name, held in node.state.items()}
     return {
         "kind": "rule", "family": node.family, "ours": node.ours, "slots": list(node.slots), "step": node.step,
-        "hyperparameters": dict(node.hyperparameters), "resolved": moments, "options": dict(node.options),
+        "hyperparameters": dict(node.hyperparameters), "resolved": resolved, "options": dict(node.options),
         "storage": dict(node.storage), "state": state,
     }  # fmt: skip
 
 
-def _moment_to_json(moment: Moment) -> dict[str, Any]:
-    pending = None if moment.pending is None else list(moment.pending)
-    return {"step": moment.stamp, "value": moment.value, "pending": pending}
+def _resolved_to_json(resolved: Resolved) -> dict[str, Any]:
+    pending = None if resolved.pending is None else list(resolved.pending)
+    return {"step": resolved.stamp, "value": resolved.value, "pending": pending}
 
 
 def from_json(data: Mapping[str, Any]) -> Document:
@@ -132,10 +141,18 @@ def from_json(data: Mapping[str, Any]) -> Document:
     Raises:
         CheckpointError: they describe none, or one of a format that this version does not know.
     """
-    try:
-        return _document(Entry("the checkpoint", data))
-    except RecursionError:
-        raise CheckpointError("the checkpoint's optimizers are nested too deeply") from None
+    _refuse_deep(data)
+    return _document(Entry("the checkpoint", data))
+
+
+def _refuse_deep(data: object) -> None:
+    """Raise for data that are nested so deeply that reading them would end in a `RecursionError`."""
+    level: list[Any] = [data]
+    for _ in range(DEEPEST):
+        level = [part for parts in level if isinstance(parts, (dict, list)) for part in _parts(parts)]
+        if not level:
+            return
+    raise CheckpointError(f"the checkpoint is nested more than {DEEPEST} levels deep")
 
 
 def _document(entry: "Entry") -> Document:
@@ -148,8 +165,12 @@ def _document(entry: "Entry") -> Document:
         )
     return Document(
         entry.get("gradstep", str), _node(entry.entry("optimizer")),
-        entry.mapping("parameters", _text), tuple(entry.sequence("stateless", _text)),
+        entry.mapping("parameters", read_text), tuple(entry.sequence("stateless", read_text)),
     )  # fmt: skip
+
+
+def _parts(parts: Any) -> Iterable[Any]:
+    return cast("Mapping[str, Any]", parts).values() if isinstance(parts, dict) else parts
 
 
 class Entry:
@@ -211,7 +232,7 @@ def _node(entry: Entry) -> Node:
         every, micro_step = entry.natural("every"), entry.natural("micro_step")
         if not micro_step < max(every, 1):
             raise CheckpointError(f"{entry.what} has micro_step {micro_step} of {every}")
-        return AccumulateNode(every, micro_step, entry.mapping("sums", _text), _node(entry.entry("optimizer")))
+        return AccumulateNode(every, micro_step, entry.mapping("sums", read_text), _node(entry.entry("optimizer")))
     if kind == "multi":
         routes = entry.sequence("routes", _route)
         if not routes:
@@ -220,37 +241,44 @@ def _node(entry: Entry) -> Node:
     if kind != "rule":
         raise CheckpointError(f"{entry.what} is of the unknown kind {kind!r}")
     return RuleNode(
-        entry.optional("family", str), entry.get("ours", bool), tuple(entry.sequence("slots", _text)),
+        entry.optional("family", str), entry.get("ours", bool), tuple(entry.sequence("slots", read_text)),
         entry.natural("step"), entry.mapping("state", _held), entry.mapping("hyperparameters", _any),
-        entry.mapping("resolved", _moments), entry.mapping("options", _any), entry.mapping("storage", _any),
+        entry.mapping("resolved", _all_resolved), entry.mapping("options", _any), entry.mapping("storage", _any),
     )  # fmt: skip
 
 
 def _route(what: str, data: object) -> tuple[Any, Node]:
     entry = Entry(what, data)
-    return entry.raw("filter"), _node(entry.entry("optimizer"))
+    accepts = entry.raw("filter")
+    if accepts is not None:
+        below = entry.entry("filter")
+        if below.get("kind", str) not in ("glob", "function"):
+            raise CheckpointError(f"{below.what} must be a glob or a function, got {_short(accepts)}")
+        below.get("name", str)
+    return accepts, _node(entry.entry("optimizer"))
 
 
 def _held(what: str, data: object) -> Held:
     entry = Entry(what, data)
-    return Held(entry.natural("steps"), entry.mapping("arrays", _text))
+    return Held(entry.natural("steps"), entry.mapping("arrays", read_text))
 
 
-def _moments(what: str, data: object) -> tuple[Moment, ...]:
-    return tuple(read_all(what, data, _moment))
+def _all_resolved(what: str, data: object) -> tuple[Resolved, ...]:
+    return tuple(read_all(what, data, _resolved))
 
 
-def _moment(what: str, data: object) -> Moment:
+def _resolved(what: str, data: object) -> Resolved:
     entry = Entry(what, data)
     pending = entry.raw("pending")
     if pending is not None:
         pending = tuple(read_all(f"{what}'s pending", pending, _any))
         if tuple(map(type, pending)) != (int, float):
             raise CheckpointError(f"{what}'s pending must be a step and a value, got {_short(pending)}")
-    return Moment(entry.get("step", int), entry.get("value", float), pending)
+    return Resolved(entry.get("step", int), entry.get("value", float), pending)
 
 
-def _text(what: str, value: object) -> str:
+def read_text(what: str, value: object) -> str:
+    """A text."""
     if not isinstance(value, str):
         raise CheckpointError(f"{what} must be text, got {_short(value)}")
     return value

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import gradstep
 from gradstep.accumulate import Accumulate
 from gradstep.arrays.library import owner
-from gradstep.arrays.stored import Stored, dtype_of
+from gradstep.arrays.stored import Stored, check_array, dtype_of
 from gradstep.checkpoint.container import METADATA
 from gradstep.checkpoint.nodes import (
     AccumulateNode,
@@ -22,7 +22,7 @@ from gradstep.checkpoint.nodes import (
 )
 from gradstep.checkpoint.tensors import HeldTensors
 from gradstep.checkpoint.values import Encoder
-from gradstep.errors import CheckpointError, listing
+from gradstep.errors import ArgumentTypeError, CheckpointError, listing
 from gradstep.multi import MultiOptimizer
 from gradstep.optimizer import Optimizer
 from gradstep.options import DEFAULTS
@@ -46,19 +46,22 @@ def snapshot(optimizer: Optimizer, params: Mapping[str, Any]) -> Snapshot:
     Raises:
         ArgumentTypeError: an optimizer of a class of its own.
     """
-    return _Photographer().document(optimizer, params)
+    return _Recorder().document(optimizer, params)
 
 
-class _Photographer:
+class _Recorder:
     def __init__(self) -> None:
         self._arrays: dict[str, Any] = {}
         self._encoder = Encoder()
 
     def document(self, optimizer: Optimizer, params: Mapping[str, Any]) -> Snapshot:
         parameters = {name: self._key(name, array) for name, array in params.items()}
+        for name, array in params.items():
+            check_array(array, f"params[{name!r}]")
         node = self._node(optimizer)
-        known = optimizer._known_names | params.keys()
-        stateless = sorted(known - {name for leaf in optimizer._leaves() for name in leaf.names()})
+        sums: Mapping[str, Any] = optimizer.sums if isinstance(optimizer, Accumulate) else {}
+        having_state = {name for leaf in optimizer._leaves() for name in leaf.names()}
+        stateless = sorted({*optimizer._known_names, *params, *sums} - having_state)
         return Snapshot(Document(gradstep.__version__, node, parameters, tuple(stateless)), self._arrays)
 
     def _key(self, wanted: str, array: Any) -> str:
@@ -76,11 +79,19 @@ class _Photographer:
             sums = {name: self._key(f"{name}.{SUM}", array) for name, array in optimizer.sums.items()}
             return AccumulateNode(optimizer.every, optimizer.micro_step, sums, self._node(optimizer.optimizer))
         if isinstance(optimizer, MultiOptimizer):
-            children = zip(encode_filters(optimizer, self._encoder), map(self._node, optimizer.optimizers), strict=True)
-            return MultiNode(optimizer.step, self._options(optimizer), tuple(children))
+            filters = [*map(self._filter, optimizer.filters), None]
+            children = map(self._node, optimizer.optimizers)
+            return MultiNode(optimizer.step, self._options(optimizer), tuple(zip(filters, children, strict=True)))
         if isinstance(optimizer, RuleOptimizer):
             return self._rule_node(optimizer)
-        raise TypeError(f"an unknown kind of optimizer: {type(optimizer).__name__}")
+        raise ArgumentTypeError(
+            f"a checkpoint cannot hold a {type(optimizer).__name__}, a class of your own: write it as a rule, @gs.rule"
+        )
+
+    def _filter(self, accepts: Any) -> dict[str, str]:
+        if isinstance(accepts, str):
+            return {"kind": "glob", "name": accepts}
+        return {"kind": "function", "name": self._encoder.name(accepts)}
 
     def _rule_node(self, optimizer: RuleOptimizer) -> RuleNode:
         (leaf,), family = optimizer._leaves(), type(optimizer)
@@ -92,7 +103,7 @@ class _Photographer:
         encode = self._encoder.encode
         return RuleNode(
             family.__name__, is_ours(family), rule_arguments(family.rule)[0], leaf.step, state,
-            {name: encode(value) for name, value in leaf.settings.given.items()}, leaf.settings.moments,
+            {name: encode(value) for name, value in leaf.settings.given.items()}, leaf.settings.resolved,
             self._options(optimizer),
             {name: encode_storage(value) for name, value in leaf.storage.options._asdict().items()},
         )  # fmt: skip
@@ -105,12 +116,6 @@ class _Photographer:
 def is_ours(family: type) -> bool:
     """Whether an optimizer class is one of gradstep's."""
     return getattr(gradstep, family.__name__, None) is family
-
-
-def encode_filters(optimizer: MultiOptimizer, encoder: Encoder | None = None) -> list[Any]:
-    """The filters as plain data, one for each child; the last one's is None."""
-    encode = (encoder or Encoder()).encode
-    return [*({"glob": f} if isinstance(f, str) else encode(f) for f in optimizer.filters), None]
 
 
 def encode_storage(value: Any) -> Any:

@@ -72,10 +72,17 @@ def wants_of(
     Raises:
         GradstepError: a parameter cannot be trained.
     """
-    named = {name: array for name, array in thawed(like, frozen).items() if dtype_of(array) in FLOATS}
-    library = recognise(like=named)
+    named = {name: array for name, array in like.items() if dtype_of(array) in FLOATS}
+    library, moving = recognise(like=named), thawed(named, frozen)
     routes = {id(leaf): names for leaf, names in optimizer._route(named, remember=False)}
-    return [{name: _want(library, rule, name, named[name]) for name in routes.get(id(rule.leaf), ())} for rule in rules]
+    return [
+        {
+            name: _want(library, rule, name, named[name])
+            for name in routes.get(id(rule.leaf), ())
+            if name in moving or name in rule.node.state  # what was frozen later has state
+        }
+        for rule in rules
+    ]
 
 
 def _want(library: Library, rule: RuleMatch, name: str, parameter: Any) -> Want:

@@ -40,7 +40,49 @@ def gradstep_command(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Gradient-descent optimizers: one fused step on NumPy arrays and PyTorch tensors."""
+    """Compare optimizers on a problem, and look into the checkpoints that they save."""
+
+
+@app.command()
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A checkpoint, as opt.save writes it.", show_default=False)
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte and check every SHA-256; exit with 1 if any is wrong.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show each parameter, however many there are.")] = False,
+) -> None:
+    """Show what a checkpoint holds: optimizers, schedules, parameters, slots and bytes.
+
+    Below a schedule stands its curve; the mark divides the steps that were taken from those to come.
+
+    Exit codes: 0; 1 if --verify finds damaged tensors; 2 if the file is no checkpoint that can be read.
+    """
+    require("gradstep inspect", "cli", "rich")
+    from gradstep.cli.checkpoint.inspecting import run_inspect
+
+    raise typer.Exit(run_inspect(file, verify=verify, as_json=as_json, everything=everything))
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show each difference, however many there are.")] = False,
+) -> None:
+    """Show what changed from one checkpoint to another, and by how much.
+
+    Tensors with equal hashes are not read; the others are compared in float64, and NaN equals NaN.
+
+    Exit codes: 0 if nothing differs; 1 if something does; 2 if a file is no checkpoint that can be read.
+    """
+    require("gradstep diff", "cli", "rich")
+    from gradstep.cli.checkpoint.diffing import run_diff
+
+    raise typer.Exit(run_diff(a, b, as_json=as_json, everything=everything))
 
 
 @app.command()

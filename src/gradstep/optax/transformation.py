@@ -18,6 +18,7 @@ from gradstep.step.functional import inspect_gradients
 from gradstep.step.leaf import Leaf
 from gradstep.step.storage import slot_shape
 from gradstep.storage_options import STORAGE_DEFAULTS
+from gradstep.tree import name_of_path
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -148,7 +149,7 @@ class _Transformation:
     def _flatten(self, params: Any) -> tuple[list[Any], Any, list[Owner | None]]:
         """The arrays, the tree's structure, and whose rule each array follows, under which name; None if frozen."""
         paths, structure = jax.tree_util.tree_flatten_with_path(params)
-        named = {".".join(map(_spell_key, path)): array for path, array in paths}
+        named = {name_of_path(path): array for path, array in paths}
         if len(named) < len(paths):
             raise ArgumentTypeError("two paths of the parameters give one name when joined with dots")
         moving = thawed(named, self._optimizer.frozen)
@@ -214,13 +215,6 @@ def _hyperparameters(owner: Owner, count: Any) -> dict[str, Any]:
 def _zeros(kind: Kind, w: Any) -> Any:
     dtype = "float64" if w.dtype == "float64" else "float32"
     return jnp.zeros_like(w, dtype=dtype) if kind is Kind.FULL else jnp.zeros(slot_shape(kind, w.shape), dtype)
-
-
-def _spell_key(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 class Injected:

@@ -227,6 +227,11 @@ class Leaf:
         self._programs, self._groups = {}, {}
         self._known = known
 
+    def go_on_from(self, step: int) -> None:
+        """Let so many steps have been taken; the state stays."""
+        self._awaited.settle()
+        self._step = step
+
     def check_known(self, names: Sequence[str]) -> None:
         """Raise `MismatchError` when the first step after loading brings parameters that were not in the checkpoint."""
         if self._known is None:

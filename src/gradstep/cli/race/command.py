@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from gradstep.cli.complaint import Complaint
+from gradstep.cli.numbers import duration_text
 from gradstep.cli.race import SEEDS, STEPS
 from gradstep.cli.race.contest import Heat, Run, plan, run
 from gradstep.cli.race.entrants import Entrant, choose, read_rates, try_entrants
-from gradstep.cli.race.numbers import duration_text
 from gradstep.cli.race.ranking import Place, rank
 from gradstep.cli.race.record import check_folder, document, encode, write_whole
 from gradstep.cli.race.screen import Progress, console, show_files, show_findings, show_ranking

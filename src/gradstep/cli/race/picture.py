@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
+from gradstep.cli.numbers import rate_text, short
 from gradstep.cli.race.entrants import FAMILIES
-from gradstep.cli.race.numbers import rate_text, short
 from gradstep.cli.race.ranking import AtRate, Place
 
 SMOOTHED = 0.08  # the share of the steps that a point of a curve is averaged over

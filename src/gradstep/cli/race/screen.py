@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gradstep.cli.numbers import bytes_text, decimals, duration_text, rate_text, short, with_spread
 from gradstep.cli.race.contest import Heat, Run
 from gradstep.cli.race.entrants import Entrant
-from gradstep.cli.race.numbers import bytes_text, decimals, duration_text, rate_text, short, with_spread
 from gradstep.cli.race.ranking import Place, close_to_the_winner
 
 REFRESH = 0.1  # seconds

@@ -1,0 +1,1 @@
+"""Bridges between the states of other libraries' optimizers and those of gradstep's core."""

@@ -1,0 +1,1 @@
+"""`gradstep inspect` and `gradstep diff`: what a checkpoint holds, and what changed between two."""
