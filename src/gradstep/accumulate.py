@@ -11,7 +11,7 @@ from gradstep.arrays.memory import axis_order
 from gradstep.arrays.stored import Stored
 from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
-from gradstep.optimizer import Optimizer, checked_scale, pick
+from gradstep.optimizer import OWN, Optimizer, checked_scale, pick
 from gradstep.options import thawed
 from gradstep.program.formats import compute_dtype
 from gradstep.report import Rate, Report
@@ -27,7 +27,7 @@ from gradstep.step.scalars import Scales
 from gradstep.tree import named_arrays
 
 Params = TypeVar("Params")
-OWN = frozenset({"_inner", "_every", "_round", "_adders", "_seen", *Optimizer._uncopied})
+MINE = frozenset({"_inner", "_every", "_round", "_adders", "_seen", *OWN})
 
 
 class Accumulate(Optimizer):
@@ -340,12 +340,12 @@ class Accumulate(Optimizer):
     if not TYPE_CHECKING:  # hyperparameters, options and whatever else the wrapped optimizer has
 
         def __getattr__(self, name: str) -> Any:
-            if name in OWN:
+            if name in MINE:
                 raise AttributeError(name)
             return getattr(self._inner, name)
 
         def __setattr__(self, name: str, value: object) -> None:
-            if name in OWN or isinstance(vars(Accumulate).get(name), property):
+            if name in MINE or isinstance(vars(Accumulate).get(name), property):
                 object.__setattr__(self, name, value)
             else:
                 setattr(self._inner, name, value)

@@ -45,6 +45,10 @@ AnyPlan: TypeAlias = Plan | FunctionalPlan
 Planned: TypeAlias = tuple[AnyPlan, list[Any], list[Any]]
 
 
+OWN = frozenset({"_lock", "_plan", "_serial", "_name_params", "_name_grads"})
+"""What belongs to an optimizer object and its process, and is not copied."""
+
+
 class Optimizer(Persistent, ABC):
     """What every optimizer does: state by name, and steps that happen whole or not at all."""
 
@@ -56,7 +60,7 @@ class Optimizer(Persistent, ABC):
     _nonfinite: Policy
     _donate: bool
     _frozen: tuple[str, ...]
-    _uncopied: ClassVar[frozenset[str]] = frozenset({"_lock", "_plan", "_serial", "_name_params", "_name_grads"})
+    _uncopied: ClassVar[frozenset[str]] = OWN
 
     def __init__(self, *, clip_norm: float | None, nonfinite: Policy, donate: bool, frozen: Sequence[str]) -> None:
         self._register()

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -131,11 +131,12 @@ class Outline:
 
     def _record(self, tree: Any) -> int:
         """The address of a branch."""
-        kind = (dict, list, tuple).index(type(tree))
+        container = cast("type[Any]", type(tree))
+        kind = (dict, list, tuple).index(container)
         keys, values = (list(tree), list(tree.values())) if kind == DICT else ([], list(tree))
         parts = np.array([self._part(value) for value in values], np.int64)
         addresses = np.array(list(map(id, keys)), np.int64)
-        record = np.array([id(type(tree)), kind, len(values), addresses.ctypes.data, parts.ctypes.data], np.int64)
+        record = np.array([id(container), kind, len(values), addresses.ctypes.data, parts.ctypes.data], np.int64)
         self._kept += [keys, parts, addresses, record]
         return record.ctypes.data
 
@@ -151,9 +152,11 @@ def outline_of(tree: object, named: Mapping[str, Any]) -> Outline | None:
 
 
 def _is_plain(tree: Any) -> bool:
-    if type(tree) not in (dict, list, tuple):
-        return not isinstance(tree, (Mapping, list, tuple))
-    return all(map(_is_plain, tree.values() if type(tree) is dict else tree))
+    if type(tree) is dict:
+        return all(map(_is_plain, cast("dict[str, object]", tree).values()))
+    if type(tree) in (list, tuple):
+        return all(map(_is_plain, tree))
+    return not isinstance(tree, (Mapping, list, tuple))
 
 
 @functools.cache
