@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 
 import gradstep as gs
+from gradstep.arrays import numpy as on_numpy
+from gradstep.arrays import numpy_objects
 from gradstep.arrays import torch as on_torch
 from gradstep.arrays.exchange import Exchange, ExchangeWatch, describing_function
 from gradstep.arrays.library import MOVED, OTHER, STAYED
@@ -208,3 +210,90 @@ def test_a_parameter_without_gradient_that_becomes_tied_is_noticed(make: Any) ->
     with pytest.raises(gs.AliasedParametersError, match="frozen"):
         opt.apply_gradients({"w": make([1.0, 1.0])}, params)
     assert opt.step == 2
+
+
+# Arrays of NumPy
+
+
+def with_fields(arrays: list[Any]) -> Any:
+    offsets = numpy_objects.find_offsets()
+    assert offsets is not None
+    return numpy_objects.ObjectWatch(offsets, arrays)
+
+
+on_numpy_in_every_way = pytest.mark.parametrize("watch", [with_fields, on_numpy.Watched], ids=["fields", "methods"])
+
+
+class Own(np.ndarray[Any, Any]):
+    """A type of its own."""
+
+
+def arrays() -> list[Any]:
+    base = np.zeros((4, 6), np.float32)
+    return [
+        np.ones(3), base.T, base[::2, 1:], np.ones((), np.float64), np.ones((2, 0)), np.zeros((1,) * 20),
+        np.ones(5, np.float16), np.ones(3, np.uint8), np.ones(2, np.float32).view(Own), base[:, ::-1],
+    ]  # fmt: skip
+
+
+@on_numpy_in_every_way
+def test_numpys_addresses_are_those_that_it_tells(watch: Any) -> None:
+    first, second = arrays(), arrays()
+    seen = watch(first)
+    seen.locate(first)
+    assert seen.locate(first) == STAYED
+    assert seen.locate(second) == MOVED
+    assert seen.addresses.tolist() == [array.__array_interface__["data"][0] for array in second]
+
+
+@on_numpy_in_every_way
+@pytest.mark.parametrize("place", range(10))
+def test_another_layout_type_or_flag_of_numpys_is_seen(watch: Any, place: int) -> None:
+    seen = watch(arrays())
+
+    def changed(make: Callable[[Any], Any]) -> Any:
+        some = arrays()
+        some[place] = make(some[place])
+        return seen.locate(some)
+
+    def read_only(array: Any) -> Any:
+        array.flags.writeable = False
+        return array
+
+    assert changed(read_only) == OTHER
+    assert changed(lambda a: a[None]) == OTHER
+    assert changed(lambda a: a.astype(np.int32)) == OTHER
+    assert changed(lambda a: np.zeros((*a.shape, 1), a.dtype)[..., 0].view(Own if type(a) is np.ndarray else None)) == (
+        OTHER
+    )
+    assert changed(lambda a: None) == OTHER
+    assert changed(lambda a: 1.0) == OTHER
+    assert seen.locate(arrays()[:-1]) == OTHER
+    assert seen.locate([]) == OTHER
+    assert seen.locate(arrays()) in (STAYED, MOVED)
+
+
+def test_a_dtype_object_of_its_own_is_looked_at_the_slow_way() -> None:
+    """Equal dtypes may be different objects; what is not known for sure is planned anew, which is right too."""
+    own = np.dtype(np.float32).newbyteorder("=").newbyteorder("<").newbyteorder("=")
+    params = {"w": np.zeros(3, own)}
+    opt, plain, others = gs.SGD(0.5, momentum=0.5), gs.SGD(0.5, momentum=0.5), {"w": np.zeros(3, np.float32)}
+    for _ in range(3):
+        opt.apply_gradients({"w": np.ones(3, np.float32)}, params)
+        plain.apply_gradients({"w": np.ones(3, np.float32)}, others)
+    assert (params["w"] == others["w"]).all()
+
+
+def test_where_numpy_keeps_its_fields_elsewhere_methods_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_numpy, "find_offsets", lambda: None)
+    assert type(on_numpy.NUMPY.watch(arrays())) is on_numpy.Watched
+
+
+@pytest.mark.parametrize("field", ["data", "ndim", "shape", "strides", "dtype", "flags", "type"])
+def test_a_field_that_lies_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    if field in ("shape", "strides"):
+        monkeypatch.setattr(numpy_objects, "_has_layout", lambda array: array.ndim < 3)
+    else:
+        wrong = numpy_objects.EXPECTED._replace(**{field: getattr(numpy_objects.EXPECTED, field) + 8})
+        monkeypatch.setattr(numpy_objects, "EXPECTED", wrong)
+    assert numpy_objects.find_offsets.__wrapped__() is None

@@ -1,11 +1,9 @@
 """The optimizer step, done right: fused, all-or-nothing, state by name, on arrays of NumPy, PyTorch, JAX and MLX."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gradstep.accumulate import Accumulate
-from gradstep.bridges.mlx import from_mlx, to_mlx
-from gradstep.bridges.optax import from_optax, to_optax
-from gradstep.bridges.torch import from_torch, to_torch
-from gradstep.checkpoint.checkpoint_file import latest, load
-from gradstep.checkpoint.differences import Difference
 from gradstep.clip import clip_grad_norm
 from gradstep.errors import (
     AliasedParametersError,
@@ -46,6 +44,13 @@ from gradstep.rules.rmsprop import RMSprop
 from gradstep.rules.sgd import SGD
 from gradstep.schedules import cosine_decay, exponential_decay, join_schedules, linear_schedule, step_decay
 from gradstep.step.bill import MemoryBill
+
+if TYPE_CHECKING:
+    from gradstep.bridges.mlx import from_mlx, to_mlx
+    from gradstep.bridges.optax import from_optax, to_optax
+    from gradstep.bridges.torch import from_torch, to_torch
+    from gradstep.checkpoint.checkpoint_file import latest, load
+    from gradstep.checkpoint.differences import Difference
 
 __version__ = "0.1.0"
 
@@ -115,3 +120,22 @@ __all__ = [
     "value_and_grad",
     "where",
 ]
+
+_LATE = {
+    "Difference": "checkpoint.differences",
+    "latest": "checkpoint.checkpoint_file", "load": "checkpoint.checkpoint_file",
+    "from_mlx": "bridges.mlx", "from_optax": "bridges.optax", "from_torch": "bridges.torch",
+    "to_mlx": "bridges.mlx", "to_optax": "bridges.optax", "to_torch": "bridges.torch",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """What a step does not need is imported when it is first asked for."""
+    if name not in _LATE:
+        raise AttributeError(f"module 'gradstep' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"gradstep.{_LATE[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

@@ -11,7 +11,7 @@ from gradstep.arrays.memory import axis_order
 from gradstep.arrays.stored import Stored
 from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
-from gradstep.optimizer import Optimizer, checked_scale, pick
+from gradstep.optimizer import OWN, Optimizer, checked_scale, pick
 from gradstep.options import thawed
 from gradstep.program.formats import compute_dtype
 from gradstep.report import Rate, Report
@@ -27,7 +27,7 @@ from gradstep.step.scalars import Scales
 from gradstep.tree import named_arrays
 
 Params = TypeVar("Params")
-OWN = frozenset({"_inner", "_every", "_round", "_adders", "_seen", "_lock", "_plan", "_serial"})
+MINE = frozenset({"_inner", "_every", "_round", "_adders", "_seen", *OWN})
 
 
 class Accumulate(Optimizer):
@@ -151,9 +151,9 @@ class Accumulate(Optimizer):
         if self._every == 1:
             self._inner._scaled_step(grads, params, scale)
         elif self._round.count < self._every - 1:
-            self._add(named_arrays(grads, "grads"), named_arrays(params, "params"), scale)
+            self._add(self._name_grads(grads), self._name_params(params), scale)
         else:
-            self._finish(named_arrays(grads, "grads"), params, scale)
+            self._finish(self._name_grads(grads), params, scale)
 
     def _add(self, wanted: Mapping[str, Any], named: Mapping[str, Any], scale: float) -> None:
         """Add a micro-batch to the sums: a step of their own, in which they are the parameters."""
@@ -340,12 +340,12 @@ class Accumulate(Optimizer):
     if not TYPE_CHECKING:  # hyperparameters, options and whatever else the wrapped optimizer has
 
         def __getattr__(self, name: str) -> Any:
-            if name in OWN:
+            if name in MINE:
                 raise AttributeError(name)
             return getattr(self._inner, name)
 
         def __setattr__(self, name: str, value: object) -> None:
-            if name in OWN or isinstance(vars(Accumulate).get(name), property):
+            if name in MINE or isinstance(vars(Accumulate).get(name), property):
                 object.__setattr__(self, name, value)
             else:
                 setattr(self._inner, name, value)

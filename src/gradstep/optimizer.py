@@ -37,12 +37,16 @@ from gradstep.step.outcome import Outcome
 from gradstep.step.overlap import refuse_overlap
 from gradstep.step.plan import Plan, Share
 from gradstep.step.scalars import Scales
-from gradstep.tree import entries_of, named_arrays
+from gradstep.tree import Namer, entries_of, named_arrays
 
 Params = TypeVar("Params")
 Result = TypeVar("Result")
 AnyPlan: TypeAlias = Plan | FunctionalPlan
 Planned: TypeAlias = tuple[AnyPlan, list[Any], list[Any]]
+
+
+OWN = frozenset({"_lock", "_plan", "_serial", "_name_params", "_name_grads"})
+"""What belongs to an optimizer object and its process, and is not copied."""
 
 
 class Optimizer(Persistent, ABC):
@@ -56,7 +60,7 @@ class Optimizer(Persistent, ABC):
     _nonfinite: Policy
     _donate: bool
     _frozen: tuple[str, ...]
-    _uncopied: ClassVar[frozenset[str]] = frozenset({"_lock", "_plan", "_serial"})
+    _uncopied: ClassVar[frozenset[str]] = OWN
 
     def __init__(self, *, clip_norm: float | None, nonfinite: Policy, donate: bool, frozen: Sequence[str]) -> None:
         self._register()
@@ -370,7 +374,7 @@ class Optimizer(Persistent, ABC):
         as_before = self._planned_before(grads, params, intake)  # flat and named as planned: there are no names to make
         if as_before is not None:
             return as_before
-        named, wanted = named_arrays(params, "params"), named_arrays(grads, "grads")
+        named, wanted = self._name_params(params), self._name_grads(grads)
         if named is not params or wanted is not grads:
             as_before = self._planned_before(wanted, named, intake)
         return as_before or self._plan_anew(wanted, named, intake)
@@ -467,6 +471,7 @@ class Optimizer(Persistent, ABC):
         """What belongs to this object and process, and is not copied."""
         self._lock = threading.RLock()
         self._plan: _CachedPlan | None = None
+        self._name_params, self._name_grads = Namer("params"), Namer("grads")
         self._serial = next(_serials)
         _optimizers.add(self)
 

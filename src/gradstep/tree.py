@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from gradstep.errors import ArgumentTypeError, DuplicateNameError, ReadOnlyError
+from gradstep.outline import Outline, outline_of
 
 Tree: TypeAlias = "Mapping[str, object] | Mapping[int, object] | list[object] | tuple[object, ...]"
 
@@ -39,6 +40,26 @@ def named_arrays(tree: object, what: str) -> Mapping[str, Any]:
         if set(map(type, flat)) <= {str} and not any(_is_nested(kind) for kind in kinds):
             return flat
     return flatten(tree, what)
+
+
+class Namer:
+    """`named_arrays` for trees that come again and again: one of the last one's shape has its names.
+
+    Args:
+        what: what the trees are called in errors.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._outline: Outline | None = None
+
+    def __call__(self, tree: object) -> Mapping[str, Any]:
+        """The arrays by name."""
+        if self._outline is not None and (named := self._outline.named(tree)) is not None:
+            return named
+        named = named_arrays(tree, self._what)
+        self._outline = None if named is tree else outline_of(tree, named)
+        return named
 
 
 def _is_nested(kind: Any) -> bool:

@@ -281,7 +281,7 @@ class ExchangeWatch:
         self.addresses = np.zeros(self._count, np.int64)
         tables = (table.ctypes.data for table in (self._records, self._layouts, self.addresses))
         offsets = astuple(exchange.offsets) if exchange.offsets else (0,) * 5
-        self._job = np.array([_get_item(), exchange.describe, *offsets, self._count, *tables], np.int64)
+        self._job = np.array([get_item(), exchange.describe, *offsets, self._count, *tables], np.int64)
         self._job_address = self._job.ctypes.data
 
     def locate(self, arrays: list[Any]) -> Found:
@@ -296,7 +296,8 @@ class ExchangeWatch:
             return OTHER
 
 
-def _get_item() -> int:
+def get_item() -> int:
+    """The address of the function that gets an item of a list."""
     return ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value or 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradstep.arrays.library import OTHER, Found, found
 from gradstep.arrays.memory import Memory, bits_dtype
+from gradstep.arrays.numpy_objects import ObjectWatch, find_offsets
 from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.program.blocks import sum_of_squares, sum_of_values
 from gradstep.program.formats import BYTES, EXPECTED
@@ -68,9 +69,10 @@ class NumPy:
             )
         return Memory(_address(array), array.shape, array.strides, array.dtype.name, array.flags.writeable)
 
-    def watch(self, arrays: list[Array]) -> "Watched":
+    def watch(self, arrays: list[Array]) -> "ObjectWatch | Watched":
         """See `MemoryLibrary.watch`."""
-        return Watched(arrays)
+        offsets = find_offsets()
+        return ObjectWatch(offsets, arrays) if offsets else Watched(arrays)
 
     def zeros(self, shape: Sequence[int], order: Sequence[int], dtype: str) -> Array:
         """See `MemoryLibrary.zeros`."""
