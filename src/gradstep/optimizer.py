@@ -23,7 +23,7 @@ from gradstep.errors import (
 )
 from gradstep.interrupts import InterruptsHeld
 from gradstep.learning_rate import to_float
-from gradstep.options import DEFAULTS, ClipNorm, Donate, Frozen, NonFinite, Policy, thawed
+from gradstep.options import DEFAULTS, Options, Policy, thawed
 from gradstep.persistence import Persistent
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.program.graph import Reading
@@ -49,27 +49,16 @@ OWN = frozenset({"_lock", "_plan", "_serial", "_name_params", "_name_grads"})
 """What belongs to an optimizer object and its process, and is not copied."""
 
 
-class Optimizer(Persistent, ABC):
+class Optimizer(Persistent, Options, ABC):
     """What every optimizer does: state by name, and steps that happen whole or not at all."""
 
-    clip_norm: ClipNorm = ClipNorm()
-    nonfinite: NonFinite = NonFinite()
-    donate: Donate = Donate()
-    frozen: Frozen = Frozen()
-    _clip_norm: float | None
-    _nonfinite: Policy
-    _donate: bool
-    _frozen: tuple[str, ...]
     _uncopied: ClassVar[frozenset[str]] = OWN
 
     def __init__(self, *, clip_norm: float | None, nonfinite: Policy, donate: bool, frozen: Sequence[str]) -> None:
         self._register()
         self._report: Report | AwaitedReport | None = None
         self._known_names: frozenset[str] = frozenset()  # of all parameters that have come, with gradients or without
-        self.clip_norm = clip_norm
-        self.nonfinite = nonfinite
-        self.donate = donate
-        self.frozen = frozen
+        Options.__init__(self, {"clip_norm": clip_norm, "nonfinite": nonfinite, "donate": donate, "frozen": frozen})
 
     @abstractmethod
     def _leaves(self) -> list[Leaf]:

@@ -96,7 +96,7 @@ class Frozen:
 
 
 class Options:
-    """Options on their own, checked when they are set."""
+    """The options, checked when they are set: of an optimizer, or on their own."""
 
     clip_norm: ClipNorm = ClipNorm()
     nonfinite: NonFinite = NonFinite()
