@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from gradstep.errors import ConfigurationError
+from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.tree import named_arrays
 
 if TYPE_CHECKING:
@@ -161,6 +161,9 @@ class Persistent(ABC):
         functions: "Functions | None",
     ) -> "list[Difference]":  # fmt: skip
         from gradstep.checkpoint import restore, snapshot
+
+        if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"strict must be True or False, got {strict!r}")
 
         def body() -> "list[Difference]":
             mine = snapshot.snapshot(self._itself, {}).document.optimizer

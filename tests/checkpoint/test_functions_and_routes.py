@@ -228,3 +228,41 @@ def test_a_parameter_without_state_may_be_loaded_after_hyperparameters_were_chan
         opt.momentum = after
         opt.save(tmp_path / "a", params)
         assert goes_on(opt, params, gs.load(tmp_path / "a", others), others)
+
+
+def test_a_round_of_which_a_sum_does_not_fit_begins_anew(tmp_path: Path) -> None:
+    opt = gs.Accumulate(gs.SGD(0.1), every=2)
+    step(opt, made("a", "b"))
+    opt.save(tmp_path / "a")
+    twin = gs.Accumulate(gs.SGD(0.1), every=2)
+    like = {"a": np.ones(3, np.float32), "b": np.ones(4, np.float32)}
+    found = twin.load(tmp_path / "a", like=like, strict=False)
+    assert [one.where for one in found] == ["sums['b']"]
+    assert (twin.micro_step, dict(twin.sums)) == (0, {})
+
+
+def test_a_folder_of_damaged_checkpoints_is_no_empty_one(tmp_path: Path) -> None:
+    gs.SGD(0.1).save(tmp_path / "run.safetensors")
+    content = (tmp_path / "run.safetensors").read_bytes()
+    (tmp_path / "run.safetensors").write_bytes(content[:-20])
+    with (
+        pytest.warns(UserWarning, match="was left out"),
+        pytest.raises(gs.CheckpointError, match="no whole"),
+    ):
+        gs.latest(tmp_path)
+    gs.SGD(0.1).save(tmp_path / "checkpoint")
+    with pytest.warns(UserWarning, match="was left out"):
+        assert gs.latest(tmp_path) == tmp_path / "checkpoint"
+
+
+def test_arguments_of_other_types_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    gs.SGD(0.1).save(path)
+    for wrong in (
+        lambda: gs.SGD(0.1).load(path, strict="no"),  # type: ignore[arg-type]
+        lambda: gs.load(path, functions=len),  # type: ignore[arg-type]
+        lambda: gs.load(path, rules=["SGD"]),  # type: ignore[list-item]
+        lambda: gs.load(None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(gs.ArgumentTypeError):
+            wrong()

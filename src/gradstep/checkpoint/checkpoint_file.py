@@ -19,7 +19,7 @@ from gradstep.checkpoint.restore import restore
 from gradstep.checkpoint.snapshot import Snapshot
 from gradstep.checkpoint.tensors import FileTensors
 from gradstep.checkpoint.values import Functions
-from gradstep.errors import ArgumentTypeError, CheckpointError, ConfigurationError, OutOfRangeError
+from gradstep.errors import ArgumentTypeError, CheckpointError, ConfigurationError, OutOfRangeError, listing
 from gradstep.optimizer import Optimizer
 from gradstep.rules.base import RuleOptimizer
 
@@ -132,6 +132,8 @@ def _checked_rules(rules: Iterable[type[RuleOptimizer]]) -> dict[str, type[RuleO
         raise ArgumentTypeError(f"rules must be a list of classes: write [{rules.__name__}]")
     known: dict[str, type[RuleOptimizer]] = {}
     for rule in rules:
+        if not isinstance(rule, type):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"rules must hold the classes that @gs.rule made, got {rule!r}")
         if known.setdefault(rule.__name__, rule) is not rule:
             raise ConfigurationError(f"rules has two classes named {rule.__name__}; pass the one that the file is of")
     return known
@@ -173,9 +175,9 @@ def verify(path: Path_) -> None:
 def latest(folder: Path_) -> Path | None:
     """The newest whole checkpoint of a folder; damaged ones are left out, with a warning.
 
-    Files whose names end in `.safetensors` are looked at, those that hold something else left alone. The newest is the
-    one that was written last; of several written at once, the one with the most steps. Every byte of it is read
-    and compared with its SHA-256; if it is damaged, the next one is tried.
+    Files that hold something else are left alone. The newest is the one that was written last; of several of one
+    moment, the one with the most steps. Every byte of it is read and compared with its SHA-256; if it is damaged, the
+    next one is tried.
 
     Args:
         folder: where to look; not in folders below it.
@@ -184,6 +186,7 @@ def latest(folder: Path_) -> Path | None:
         Its path, or None when there is none, as before the first save.
 
     Raises:
+        CheckpointError: there are checkpoints, and none is whole.
         OSError: there is no such folder.
 
     Example:
@@ -198,24 +201,34 @@ def latest(folder: Path_) -> Path | None:
         'run.safetensors'
     """
     candidates: list[tuple[int, int, str]] = []
+    damaged: list[Path] = []
     for path in Path(os.fsdecode(folder)).iterdir():
-        if path.suffix == ".safetensors" and not path.name.startswith(".") and path.is_file():
-            with _left_out(path), opened(path) as file:
+        if not path.name.startswith(".") and path.is_file():
+            with _left_out(path, damaged), opened(path) as file:
                 candidates.append((path.stat().st_mtime_ns, step_of(file.document.optimizer), str(path)))
     for *_, name in sorted(candidates, reverse=True):
-        with _left_out(Path(name)):
+        with _left_out(Path(name), damaged):
             verify(name)
             return Path(name)
+    if damaged:
+        names = listing([path.name for path in damaged])
+        raise CheckpointError(
+            f"{folder} has no whole checkpoint: {names} cannot be read, as warnings told; move them away to begin anew"
+        )
     return None
 
 
 @contextlib.contextmanager
-def _left_out(path: Path) -> Generator[None]:
-    """Warn of a checkpoint that cannot be read. Somebody else may be renaming it: that is no damage."""
+def _left_out(path: Path, damaged: list[Path]) -> Generator[None]:
+    """Warn of a checkpoint that cannot be read, and note it.
+
+    Somebody else may be renaming it: that is no damage. Files with other names may be anything.
+    """
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NoCheckpointError):
         return
     except (CheckpointError, OSError) as error:
-        if not isinstance(error, NoCheckpointError):
+        if path.suffix == ".safetensors":
+            damaged.append(path)
             warnings.warn(f"{path.name} was left out: {error}", stacklevel=4)

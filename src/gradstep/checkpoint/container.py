@@ -18,7 +18,7 @@ import numpy as np
 
 from gradstep.arrays.memory import bits_dtype
 from gradstep.arrays.stored import Bits, empty_bits
-from gradstep.errors import CheckpointError, DtypeError
+from gradstep.errors import ArgumentTypeError, CheckpointError, DtypeError
 
 CODES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
@@ -116,6 +116,8 @@ class Container:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         _refuse_big_endian()
+        if path is None:  # pyright: ignore[reportUnnecessaryComparison]
+            raise ArgumentTypeError("expected the path of a checkpoint, got None, as of gs.latest where there is none")
         self.path = Path(os.fsdecode(path))
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:

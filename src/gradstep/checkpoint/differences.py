@@ -53,5 +53,5 @@ def mismatch(what: str, differences: Sequence[Difference]) -> MismatchError:
         lines += [f"  {kind}: {difference}" for difference in some[:SHOWN]]
         if len(some) > SHOWN:
             lines.append(f"  {kind}: and {len(some) - SHOWN} more, in this error's differences")
-    lines.append("load(…, strict=False) takes what fits and returns this list")
+    lines.append("opt.load(…, strict=False) takes what fits and returns this list")
     return MismatchError("\n".join(lines), differences)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from gradstep.checkpoint.nodes import Entry, read_all, read_text
-from gradstep.errors import CheckpointError, ConfigurationError, GradstepError
+from gradstep.errors import ArgumentTypeError, CheckpointError, ConfigurationError, GradstepError
 from gradstep.schedules import cosine_decay, exponential_decay, join_schedules, linear_schedule, step_decay
 
 Functions: TypeAlias = Mapping[str, Any]
@@ -67,6 +67,8 @@ class Decoder:
     """The reverse. Functions are taken from those given, or from the same place of the optimizer if named alike."""
 
     def __init__(self, functions: Functions) -> None:
+        if not isinstance(functions, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"functions must be a mapping from name to function, got {functions!r}")
         self._functions = functions
         self._lacking: dict[str, list[str]] = {}  # names of functions that nobody has, and where they are needed
 
