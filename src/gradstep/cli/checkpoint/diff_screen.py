@@ -31,7 +31,8 @@ def show(difference: Difference, screen: Console, everything: bool) -> None:
 def _summary(difference: Difference) -> str:
     changed, same = len(difference.changed), difference.same
     if difference.is_empty:
-        text = f"Nothing differs: {same:,} tensor{'s' * (same != 1)} and all that is said of them are equal."
+        tensors = f"{same:,} tensor{'s' * (same != 1)}"
+        text = f"Nothing differs: {tensors}, by their recorded hashes, and all that is said of them are equal."
     elif not changed and not same:
         text = "They have no tensors in common."
     else:
