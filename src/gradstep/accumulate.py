@@ -108,10 +108,8 @@ class Accumulate(Optimizer):
     @property
     def sums(self) -> Mapping[str, Any]:
         """The live sums of this round by parameter name, a read-only mapping; empty after a step."""
-        sums = self._round.sums
-        if any(isinstance(total, Stored) for total in sums.values()):
-            sums = {n: total.shown() if isinstance(total, Stored) else total for n, total in sums.items()}
-        return MappingProxyType(sums)
+        loaded = {name: total.shown() for name, total in self._round.loaded.items()}
+        return MappingProxyType(self._round.sums | loaded if loaded else self._round.sums)
 
     def apply_gradients(self, grads: object, params: Params, *, grad_scale: float = 1.0) -> Params:
         """Add a micro-batch to the sums or, every `every` calls, take the step; wholly or, on any error, not at all.
@@ -136,16 +134,23 @@ class Accumulate(Optimizer):
 
     def _scaled_step(self, grads: object, params: object, scale: float) -> None:
         self._check_options()
-        loaded = {name: total for name, total in self._round.sums.items() if isinstance(total, Stored)}
+        if self._round.loaded:
+            self._land_and_call(grads, params, scale)
+        else:
+            self._scaled_call(grads, params, scale)
+
+    def _land_and_call(self, grads: object, params: object, scale: float) -> None:
+        """A call with sums that have been loaded and belong to no library yet; if it fails they still do not."""
         before = self._round.count
         try:
-            if loaded:
-                self._land(loaded, named_arrays(params, "params"))
+            self._land(named_arrays(params, "params"))
             self._scaled_call(grads, params, scale)
         except BaseException:
-            if self._round.count == before:  # nothing has been added: the sums belong to no library still
-                self._round.sums.update(loaded)
+            if self._round.count == before:
+                self._round.sums.update(self._round.loaded)
             raise
+        finally:
+            self._round.note_landed()
 
     def _scaled_call(self, grads: object, params: object, scale: float) -> None:
         if self._every == 1:
@@ -227,12 +232,11 @@ class Accumulate(Optimizer):
     def _resume(self, count: int, sums: Mapping[str, Any]) -> None:
         """Go on with a round that has been loaded."""
         self._discard()
-        self._round.count = count
-        self._round.sums.update(sums)
+        self._round.resume(count, sums)
 
-    def _land(self, loaded: Mapping[str, Stored], named: Mapping[str, Any]) -> None:
+    def _land(self, named: Mapping[str, Any]) -> None:
         """Give sums that have been loaded to the array library of their parameters."""
-        landing = {name: total for name, total in loaded.items() if name in named}
+        landing = {name: total for name, total in self._round.loaded.items() if name in named}
         library = recognise(params={name: named[name] for name in landing})
         for name, total in landing.items():
             check_stored_sum(library, name, total, named[name])
@@ -365,7 +369,8 @@ class Adder(RuleOptimizer):
 class Round:
     """The micro-batches since the last step: how many, and the sums of their gradients by parameter name.
 
-    `spare` holds the sums of earlier rounds, whose memory the next ones take.
+    `spare` holds the sums of earlier rounds, whose memory the next ones take; `loaded` those of the sums that come from
+    a checkpoint and belong to no array library yet.
     """
 
     def __init__(self) -> None:
@@ -376,6 +381,17 @@ class Round:
         self.count = 0
         self.sums: dict[str, Any] = {}
         self.spare: dict[str, Any] = {}
+        self.loaded: dict[str, Stored] = {}
+
+    def resume(self, count: int, sums: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.count = count
+        self.sums.update(sums)
+        self.loaded = {name: total for name, total in sums.items() if isinstance(total, Stored)}
+
+    def note_landed(self) -> None:
+        """Forget which sums were loaded, of those that are arrays of a library now."""
+        self.loaded = {name: total for name, total in self.loaded.items() if self.sums.get(name) is total}
 
     def take(self, sums: Mapping[str, Any]) -> None:
         """A micro-batch has been added, and these sums are new."""

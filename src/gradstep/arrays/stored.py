@@ -93,6 +93,11 @@ def bits_of(array: Any, what: str) -> Bits:
     return np.ascontiguousarray(bits).reshape(bits.shape)  # the former makes a vector of what has no dimensions
 
 
+def copy_of(array: Any, what: str) -> Stored:
+    """The elements of an array of any library, copied."""
+    return Stored(np.array(bits_of(array, what)), dtype_of(array))
+
+
 def empty_bits(shape: Sequence[int], dtype: str) -> Bits:
     """Memory for the elements of an array."""
     return np.empty(shape, bits_dtype(dtype))

@@ -5,11 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import gradstep
 from gradstep.accumulate import Accumulate
-from gradstep.arrays.stored import Stored, bits_of, dtype_of
+from gradstep.arrays.stored import copy_of
 from gradstep.checkpoint.nodes import Document, Held, RuleNode
 from gradstep.checkpoint.snapshot import DOCUMENT, TENSORS, is_ours
 from gradstep.checkpoint.values import Encoder
@@ -141,11 +139,6 @@ def _copy(optimizer: Optimizer, rule: RuleOptimizer, bridge: str) -> Copied:
         for name, slots in leaf.entries.items()
     }
     return Copied(rule, leaf.step, state)
-
-
-def copy_of(array: Any, what: str) -> Stored:
-    """The elements of an array of any library, copied."""
-    return Stored(np.array(bits_of(array, what)), dtype_of(array))
 
 
 def _refuse_narrow(entries: Mapping[str, Mapping[str, Any]], slots: Sequence[str], bridge: str) -> None:

@@ -86,7 +86,12 @@ def _write_tensor(file: BinaryIO, tensor: Tensor) -> str:
 def _itemsize(tensor: Tensor) -> int:
     if tensor.dtype not in CODES:
         raise DtypeError(f"{tensor.key!r} has dtype {tensor.dtype}, which a checkpoint cannot hold")
-    return np.dtype(bits_dtype(tensor.dtype)).itemsize
+    return _bytes_of(tensor.dtype)
+
+
+def _bytes_of(dtype: str) -> int:
+    """Bytes per element."""
+    return np.dtype(bits_dtype(dtype)).itemsize
 
 
 def _header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -179,7 +184,7 @@ class Container:
         dtype, (begin, end) = DTYPES[code], offsets
         if math.prod(size for size in shape if size) >= LARGEST:
             raise self.damaged(f"tensor {key!r} of shape {tuple(shape)} has more elements than any memory")
-        if end - begin != math.prod(shape) * np.dtype(bits_dtype(dtype)).itemsize:
+        if end - begin != math.prod(shape) * _bytes_of(dtype):
             raise self.damaged(
                 f"tensor {key!r} of dtype {dtype} and shape {tuple(shape)} cannot have {end - begin} bytes"
             )

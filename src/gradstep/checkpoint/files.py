@@ -12,6 +12,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+fcntl: Any = None
+with contextlib.suppress(ImportError):
+    fcntl = importlib.import_module("fcntl")
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], keep: int = 1) -> Generator[BinaryIO]:
@@ -100,12 +104,13 @@ def _remove_left_over(target: Path) -> None:
 
 def _claim(file: BinaryIO) -> bool | None:
     """Hold a file for as long as it is open; False if somebody else does, None where files cannot be held."""
+    if fcntl is None:
+        return None
     try:
-        fcntl: Any = importlib.import_module("fcntl")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (ImportError, OSError):
+    except OSError:
         return None
     return True
 
@@ -113,13 +118,12 @@ def _claim(file: BinaryIO) -> bool | None:
 @contextlib.contextmanager
 def _turn(folder: Path) -> Generator[None]:
     """Let one process after another rename files of a folder, where folders can be held."""
-    if os.name == "nt":
+    if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(ImportError, OSError):
-            fcntl: Any = importlib.import_module("fcntl")
+        with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -129,9 +133,8 @@ def _turn(folder: Path) -> Generator[None]:
 def _sync(file: BinaryIO) -> None:
     """Wait until the file is on the disk."""
     file.flush()
-    with contextlib.suppress(ImportError, OSError):
-        fcntl: Any = importlib.import_module("fcntl")
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves data in the disk's cache
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves data in the disk's cache
+        with contextlib.suppress(OSError):
             fcntl.fcntl(file, fcntl.F_FULLFSYNC)
             return
     os.fsync(file)

@@ -51,7 +51,7 @@ def restore(
     whole_round = matching.round if matching.round and len(sums) == len(matching.round.sums) else None
     totals = {name: tensors.read(key) for name, key in sums.items()} if whole_round else {}
     landed = {n: every[n].land_sum(total) if every and n in every else total for n, total in totals.items()}
-    write = _replacement(tensors, params, shared) if shared else None
+    write = _replacement(tensors, params, {n: named[n] for n in shared}, shared) if named and shared else None
     _ = optimizer.step  # no count waits for a device any more: reading was the last that could fail
     with InterruptsHeld():
         if write is not None:
@@ -103,14 +103,14 @@ class _Successor:
         rule.leaf.restore(rule.settings, self._entries, self._steps, rule.node.step, known)
 
 
-def _replacement(tensors: Tensors, params: object, keys: Mapping[str, str]) -> Callable[[], None]:
+def _replacement(
+    tensors: Tensors, params: object, named: Mapping[str, Any], keys: Mapping[str, str]
+) -> Callable[[], None]:  # fmt: skip
     """Verify the checkpoint's parameters, and that those here can be replaced; what replaces them.
 
     In memory they are read twice, first to be verified, so that no more than one of them is there besides those that
     there are. New arrays are all made before the first takes its place.
     """
-    everything = named_arrays(params, "params")
-    named = {name: everything[name] for name in keys}
     library = recognise(params=named)
     if library.in_place is True:
         views = {name: _writable(library.as_numpy(array), name) for name, array in named.items()}

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
-from gradstep.arrays.stored import Stored, bits_of, dtype_of
+from gradstep.arrays.stored import Stored, copy_of, dtype_of
 from gradstep.checkpoint.container import Container
 from gradstep.errors import CheckpointError
 
@@ -24,8 +22,6 @@ class Tensors(Protocol):
     """The tensors of a checkpoint, by key."""
 
     name: str
-
-    def __contains__(self, key: object) -> bool: ...
 
     def shape(self, key: str) -> Shape:
         """What a tensor is like."""
@@ -46,9 +42,6 @@ class FileTensors:
     def __init__(self, container: Container, hashes: Mapping[str, str]) -> None:
         self.name = str(container.path)
         self._container, self._hashes = container, hashes
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._hashes
 
     def shape(self, key: str) -> Shape:
         """See `Tensors.shape`."""
@@ -90,7 +83,7 @@ class HeldTensors:
 
     def read(self, key: str) -> Stored:
         """See `Tensors.read`."""
-        return Stored(np.array(bits_of(self._arrays[key], f"the state dict's {key!r}")), self.shape(key).dtype)
+        return copy_of(self._arrays[key], f"the state dict's {key!r}")
 
     def verify(self, key: str) -> None:
         """See `Tensors.verify`."""
