@@ -82,14 +82,18 @@ def _explain(program: Program, formats: Mapping[str, Format], uses: list[str], n
 
 
 def _headline(program: Program, formats: Mapping[str, Format], ndim: int) -> str:
-    dtype, sweeps = formats["w"].dtype, len(program.sweeps)
-    places = [place_of(source) for sweep in program.sweeps for source in _arrays(sweep)]
-    places += [store.place for sweep in program.sweeps for store in sweep.stores]
-    size = sum(_size(place, formats.get(place, Format(compute_dtype(dtype)))) for place in places)
+    dtype, sweeps, size = formats["w"].dtype, len(program.sweeps), bytes_per_element(program, formats)
     return (
         f"{program.name}, {dtype}, {ndim} dimension{'s' * (ndim != 1)}: {sweeps} sweep{'s' * (sweeps != 1)}, "
         f"{size:.4g} bytes per element"
     )
+
+
+def bytes_per_element(program: Program, formats: Mapping[str, Format]) -> float:
+    """Bytes that all sweeps together read and write for each element."""
+    places = [place_of(source) for sweep in program.sweeps for source in _arrays(sweep)]
+    places += [store.place for sweep in program.sweeps for store in sweep.stores]
+    return sum(_size(place, formats.get(place, Format(compute_dtype(formats["w"].dtype)))) for place in places)
 
 
 def _size(place: str, kept: Format) -> float:

@@ -56,6 +56,7 @@ def test_wrong_usage_ends_with_two(arguments: list[str]):
         ("rich", ["race"], "gradstep race", "race"),
         ("matplotlib", ["race"], "gradstep race", "race"),
         ("sklearn", ["race"], "The task digits", "race"),
+        ("matplotlib", ["bench"], "gradstep bench", "bench"),
     ],
 )
 def test_a_missing_package_is_one_line(package: str, arguments: list[str], what: str, extra: str, tmp_path: Path):

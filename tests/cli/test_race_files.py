@@ -13,8 +13,8 @@ from racing import read
 
 import gradstep as gs
 from gradstep.cli.complaint import Complaint
+from gradstep.cli.files import check_folder, write_whole
 from gradstep.cli.race import command, picture
-from gradstep.cli.race.record import check_folder, write_whole
 
 Race = Callable[..., tuple[int, dict[str, Any]]]
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import gradstep
+from gradstep.cli.bench import QUICK_ROUNDS, QUICK_SIZES, ROUNDS, SIZES
 from gradstep.cli.complaint import Complaint, require
 from gradstep.cli.race import SEEDS, STEPS
 
@@ -40,7 +41,7 @@ def gradstep_command(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Compare optimizers on a problem, and look into the checkpoints that they save."""
+    """Compare optimizers on a problem, time their steps, and look into the checkpoints that they save."""
 
 
 @app.command()
@@ -119,3 +120,52 @@ def race(
     from gradstep.cli.race.command import Options, run_race
 
     raise typer.Exit(run_race(Options(task, optimizers, rates, seeds, steps, output)))
+
+
+@app.command()
+def bench(
+    family: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Optimizers, in any case: AdamW,Lion (default: all ten)."),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE,...", help=f"Numbers of elements, up to 1e8 (default: {SIZES})."),
+    ] = None,
+    tensors: Annotated[int, typer.Option(min=1, help="Into how many equal tensors a size is split.")] = 1,
+    library: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="numpy, torch, jax, mlx (default: numpy, and torch if installed)."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    clip: Annotated[bool, typer.Option("--clip", help="Clip the gradients by their norm within the step.")] = False,
+    peers: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Against whom, or none (default: all that are installed)."),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure torch.compile as well.")] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help=f"How often all take their turn (default: {ROUNDS}).", show_default=False)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each side (default: one per core).")] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where bench.json and bench.png go.")] = Path(),
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"Sizes {QUICK_SIZES} and {QUICK_ROUNDS} rounds, unless given.")
+    ] = False,
+) -> None:
+    """Measure how fast a step is on this machine.
+
+    Our step takes turns, in one process, with a pass over the same memory that computes next to nothing, the limit,
+    and with other packages' optimizers. Everyone has equal arrays of their own, and other gradients in each step.
+
+    The results are a table, bench.json and bench.png. Ctrl-C ends early and keeps what is finished.
+    """
+    require("gradstep bench", "bench", "rich", "matplotlib")
+    from gradstep.cli.bench.choosing import Options
+    from gradstep.cli.bench.command import run_bench
+
+    sizes = sizes if sizes is not None else QUICK_SIZES if quick else SIZES
+    rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
+    raise typer.Exit(
+        run_bench(Options(family, sizes, tensors, library, dtype, clip, peers, compiled, rounds, threads, output))
+    )

@@ -1,27 +1,26 @@
 """The race from the first check to the last file."""
 
 import shlex
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from types import FrameType
 
 from rich.console import Console
 from rich.text import Text
 
 from gradstep.cli.complaint import Complaint
+from gradstep.cli.files import check_folder, encode, write_or_complain, write_whole
 from gradstep.cli.numbers import duration_text
 from gradstep.cli.race import SEEDS, STEPS
 from gradstep.cli.race.contest import Heat, Run, plan, run
 from gradstep.cli.race.entrants import Entrant, choose, read_rates, try_entrants
 from gradstep.cli.race.ranking import Place, rank
-from gradstep.cli.race.record import check_folder, document, encode, write_whole
-from gradstep.cli.race.screen import Progress, console, show_files, show_findings, show_ranking
+from gradstep.cli.race.record import document
+from gradstep.cli.race.screen import Progress, show_findings, show_ranking
 from gradstep.cli.race.task import Problem, find_task, try_task
+from gradstep.cli.terminal import INTERRUPTED, InterruptSwitch, console, show_files
 
-INTERRUPTED = 130
 FILES = ("race.json", "race.png")
 
 
@@ -57,24 +56,6 @@ class Outcome:
     ended_by: KeyboardInterrupt | Complaint | None
 
 
-class InterruptSwitch:
-    """Ctrl-C as usual, until `held` is set: from then on it is ignored, so that results reach the disk."""
-
-    def __init__(self) -> None:
-        self.held = False
-
-    def __enter__(self) -> "InterruptSwitch":
-        self.before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.held:
-            raise KeyboardInterrupt
-
-
 def run_race(options: Options) -> int:
     """Race, show the ranking, write the files; returns the exit code."""
     rates = read_rates(options.rates)
@@ -92,7 +73,7 @@ def run_race(options: Options) -> int:
         places = rank(outcome.runs, entrants, rates)
         title = _title(options, entrants, outcome)
         record = options.output / FILES[0]
-        _write(record, encode(_document(options, entrants, rates, outcome, places)))
+        write_or_complain(record, encode(_document(options, entrants, rates, outcome, places)))
         interrupts.held = False
         _show(options, title, outcome, places, screen)
         picture = options.output / FILES[1]
@@ -152,13 +133,6 @@ def _draw(path: Path, title: str, places: list[Place], same_rates: bool) -> int:
 
 def _left_over(path: Path) -> str:
     return f" {path} is of an earlier race." if path.exists() else ""
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise Complaint(f"{path} could not be written: {error.strerror}") from None
 
 
 def _document(

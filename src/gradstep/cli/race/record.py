@@ -1,53 +1,12 @@
-"""The files of a race: what `race.json` holds, and how a file is written whole or not at all."""
+"""The files of a race: what `race.json` holds."""
 
-import json
-import math
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, cast
 
-import numpy as np
-
-import gradstep as gs
-from gradstep.cli.complaint import Complaint
+from gradstep.cli.files import made
 from gradstep.cli.race.contest import Run
 from gradstep.cli.race.ranking import Place
 
 SCHEMA = 1
-
-
-def check_folder(folder: Path, names: Sequence[str]) -> None:
-    """Make the folder where needed, and make sure that these files can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = _beside(folder / names[0])
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise Complaint(
-            f"--output {folder}: nothing can be written there ({error.strerror}); name a folder of yours"
-        ) from None
-    for name in names:
-        if (folder / name).is_dir():
-            raise Complaint(f"--output {folder}: {folder / name} is a folder and stands in the way of the file")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write the file beside its place and move it there: whoever looks sees the old file or the new one."""
-    beside = _beside(path)
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def document(
@@ -58,34 +17,10 @@ def document(
         "schema": SCHEMA,
         "complete": len(runs) == planned,
         "planned_runs": planned,
-        "made": _made(),
+        "made": made(),
         "options": dict(options),
         "ranking": [_place(number, place) for number, place in enumerate(places, 1)],
         "runs": [_run(run) for run in runs],
-    }
-
-
-def encode(content: Mapping[str, object]) -> bytes:
-    """JSON with one place and one run per line; NaN and infinity, which JSON lacks, become null."""
-    lines = [f" {json.dumps(key)}: {_lines(_plain(value))}" for key, value in content.items()]
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _made() -> dict[str, object]:
-    torch = sys.modules.get("torch")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gradstep": gs.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        **({"torch": str(cast("Any", torch).__version__)} if torch else {}),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
 
@@ -124,20 +59,3 @@ def _run(run: Run) -> dict[str, object]:
         # losses[i] is the mean over the steps i*window to (i+1)*window - 1
         "curve": {"window": run.curve.window, "losses": [float(f"{loss:.6g}") for loss in run.curve.losses]},
     }
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in cast("Mapping[object, object]", value).items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in cast("Sequence[object]", value)]
-    return value
-
-
-def _lines(value: object) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        entries = [json.dumps(entry, allow_nan=False) for entry in cast("list[object]", value)]
-        return "[\n  " + ",\n  ".join(entries) + "\n ]"
-    return json.dumps(value, allow_nan=False)

@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from time import monotonic
 from types import TracebackType
 
@@ -18,15 +17,10 @@ from gradstep.cli.numbers import bytes_text, decimals, duration_text, rate_text,
 from gradstep.cli.race.contest import Heat, Run
 from gradstep.cli.race.entrants import Entrant
 from gradstep.cli.race.ranking import Place, close_to_the_winner
+from gradstep.cli.terminal import console
 
 REFRESH = 0.1  # seconds
 SPARSE_LINES = 10  # of progress, where there is no terminal
-
-
-def console(stderr: bool = False) -> Console:
-    """A console that never wraps tables to 80 columns when it is not a terminal."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 140, highlight=False, soft_wrap=False)
 
 
 class Progress:
@@ -156,11 +150,6 @@ def show_findings(places: Sequence[Place], command: str, seeds: int, screen: Con
         screen.print(Text("Best at the edge of the grid; a better rate may lie beyond. Widen with:", "yellow"))
         for place in edges:
             screen.print(Text("  " + _widen(place, command), "yellow"), soft_wrap=True)
-
-
-def show_files(files: Sequence[Path], screen: Console) -> None:
-    """Where the results lie."""
-    screen.print(Text("\nWrote " + " and ".join(map(str, files))), soft_wrap=True)
 
 
 def _ranking(places: Sequence[Place], metrics: Sequence[str], with_results: bool) -> Table:

@@ -1,0 +1,41 @@
+"""What the numbers are measured on: the processor, its cores, the memory that is free, and versions."""
+
+import os
+import platform
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    cpus = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return cpus[0] if cpus else platform.processor() or platform.machine()
+
+
+def cores() -> int | None:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def describe(*packages: str) -> str:
+    """The processor, how many cores this process may use, and the versions of everything that takes part."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("gradstep", "numpy", "llvmlite", *packages))
+    return f"{processor()}, {cores()} cores; Python {platform.python_version()}, {versions}"
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, within the limit of a container; None where nobody tells."""
+    free = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
+    with suppress(OSError, ValueError):  # no limit is the word "max"
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free.append(max(limit - int((group / "memory.current").read_text()), 0))
+    if not free and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(free, default=None)
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []

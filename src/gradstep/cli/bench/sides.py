@@ -1,0 +1,68 @@
+"""The sides of a case: our step, and the limit; both through gradstep's own kernels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, Literal
+
+import gradstep as gs
+from gradstep.cli.bench.case import Case
+from gradstep.cli.bench.libraries import Library
+
+Kind = Literal["ours", "limit", "peer"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a side starts from: copies of its own, equal to those of the other sides."""
+
+    case: Case
+    library: Library
+    params: list[Any]
+    rings: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Action:
+    """A step that is timed, and what comes before it and is not."""
+
+    prepare: Callable[[], object]
+    step: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Who takes turns: a name, and how its step is made."""
+
+    name: str
+    kind: Kind
+    make: Callable[[Stage], Action]
+
+
+def our_sides(case: Case) -> list[Side]:
+    """Our step and the limit."""
+    return [
+        Side("gradstep", "ours", lambda stage: _through_gradstep(case.family.build, stage)),
+        Side("limit", "limit", lambda stage: _through_gradstep(case.family.limit, stage)),
+    ]
+
+
+def _through_gradstep(build: Callable[..., gs.Optimizer], stage: Stage) -> Action:
+    library = stage.library
+    opt = build(**stage.case.options, **library.options)
+    params = {str(place): array for place, array in enumerate(stage.params)}
+    rings = cycle([{str(place): array for place, array in enumerate(ring)} for ring in stage.rings])
+    grads = next(rings)
+
+    def prepare() -> None:
+        nonlocal grads
+        grads = next(rings)
+
+    def step() -> None:
+        opt.apply_gradients(grads, params)
+
+    def step_and_wait() -> None:
+        opt.apply_gradients(grads, params)
+        library.wait([*params.values(), *(slot for slots in opt.state.values() for slot in slots.values())])
+
+    return Action(prepare, step_and_wait if library.waits else step)
