@@ -9,7 +9,7 @@ from gradstep.program.narrow import decode, encode, narrow, scale_of, widen
 from gradstep.program.noise import GOLDEN, emit_mix, emit_noise, name_key, signed
 from gradstep.program.values import TYPES, Code, splat, vector
 
-AHEAD = 2048  # bytes; without prefetching, every page of 4 KiB begins with a wait
+AHEAD = 256  # bytes; more works against the processor's own prefetching, which stops at the end of a page
 LINE = 64
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from gradstep.errors import ArgumentTypeError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
 
-WORTH_THREADS = 1 << 20  # elements; below, waking a thread takes longer than it saves
+WORTH_THREADS = 1 << 18  # elements; below, waking a thread takes longer than it saves
 
 
 def available_threads() -> int:
@@ -39,9 +39,10 @@ class Worker:
         self._function, self._job = function, job
         self._go.release()
 
-    def wait(self) -> None:
-        """Return when the call is over."""
-        self._done.acquire()
+    def finish(self) -> None:
+        """Return when the call is over; one that the thread has not woken up for is called off."""
+        if not self._go.acquire(blocking=False):
+            self._done.acquire()
 
     def stop(self) -> None:
         """End the thread."""
@@ -117,10 +118,10 @@ class Pool:
 
 
 def _collect(workers: Sequence[Worker]) -> None:
-    """Wait for all of them, whatever is raised meanwhile: they use the caller's memory."""
+    """Finish all of them, whatever is raised meanwhile: they use the caller's memory."""
     if workers:
         try:
-            workers[0].wait()
+            workers[0].finish()
         finally:
             _collect(workers[1:])
 
