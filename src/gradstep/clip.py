@@ -73,7 +73,7 @@ def _norm(library: MemoryLibrary, named: Mapping[str, object]) -> float:
     sums: list[float] = []
     for dtype, arrays in by_dtype.items():
         addresses = np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
-        sums += Inspector(dtype, [array.size for array in arrays]).inspect(addresses)[0]
+        sums += Inspector(dtype, [array.size for array in arrays], team=library.team).inspect(addresses)[0]
     if "float64" not in by_dtype:
         return global_norm(sums, list, exact=True)
     every = [(array, dtype) for dtype, arrays in by_dtype.items() for array in arrays]

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradstep.arrays.memory import Integers, Memory
 from gradstep.errors import ArgumentTypeError
+from gradstep.program.threads import Team
 
 Found: TypeAlias = Literal[0, 1, 2]
 OTHER: Found = 0  # something else than addresses differs
@@ -68,6 +69,8 @@ class MemoryLibrary(Operations, Protocol):
     """A library whose arrays are written where they lie."""
 
     in_place: Literal[True]
+    team: Team | None
+    """The library's own threads, where kernels can run on them."""
 
     def describe(self, array: Any, what: str) -> Memory:
         """Where the array lies; an error that begins with `what` for one that cannot take part."""

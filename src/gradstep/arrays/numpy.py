@@ -14,6 +14,7 @@ from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.program.blocks import sum_of_squares, sum_of_values
 from gradstep.program.formats import BYTES, EXPECTED
 from gradstep.program.newton_schulz import newton_schulz
+from gradstep.program.threads import Team
 
 Array = np.ndarray[Any, Any]
 
@@ -25,6 +26,7 @@ class NumPy:
 
     name = "NumPy"
     in_place: Literal[True] = True
+    team: Team | None = None
 
     def call(self, name: str, *args: Any) -> Any:
         """See `Operations.call`."""

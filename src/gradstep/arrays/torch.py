@@ -13,9 +13,11 @@ from gradstep.arrays.library import MOVED, OTHER, STAYED, Found, found
 from gradstep.arrays.memory import Memory
 from gradstep.arrays.numpy import NUMPY
 from gradstep.arrays.torch_offsets import find_offsets
+from gradstep.arrays.torch_threads import find_team
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, RuleError, TracingError
 from gradstep.program.formats import BYTES, EXPECTED
 from gradstep.program.newton_schulz import newton_schulz
+from gradstep.program.threads import Team
 
 torch: Any = importlib.import_module("torch")
 _Tensor: Any = torch.Tensor
@@ -28,6 +30,7 @@ class Torch:
 
     name = "PyTorch"
     in_place: Literal[True] = True
+    team: Team | None = find_team()
 
     def call(self, name: str, *args: Any) -> Any:
         """See `Operations.call`."""

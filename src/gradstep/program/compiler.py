@@ -70,7 +70,8 @@ class Kernel:
 
     def __init__(self, source: KernelSource) -> None:
         self.source = source
-        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(load_function("sweep", module_ir(source.ir)))
+        self.address = load_function("sweep", module_ir(source.ir))
+        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
 
 @functools.cache

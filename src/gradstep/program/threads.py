@@ -1,9 +1,10 @@
-"""A small pool of threads that run a kernel together, each grabbing chunks until none is left."""
+"""Threads that run a kernel together, grabbing chunks until none is left: a small pool, or a library's own."""
 
 import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from gradstep.errors import ArgumentTypeError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
@@ -11,13 +12,43 @@ from gradstep.interrupts import InterruptsHeld
 WORTH_THREADS = 1 << 18  # elements; below, waking a thread takes longer than it saves
 
 
-def available_threads() -> int:
-    """How many threads this process may run at once: `GRADSTEP_NUM_THREADS`, or the CPUs it is bound to."""
+class Task(Protocol):
+    """A function in memory, of the address of a job: many threads may run it at once, without the GIL."""
+
+    address: int
+    call: Callable[[int], object]
+
+
+class Team(Protocol):
+    """The threads that an array library keeps for its own operations."""
+
+    @property
+    def threads(self) -> int:
+        """How many the library uses now, the calling thread included."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether they can be had."""
+        ...
+
+    def run(self, task: Task, job: int) -> None:
+        """Run the task on all of them, the caller included, and return when all are done."""
+        ...
+
+
+def threads_from_environment() -> int | None:
+    """The number that `GRADSTEP_NUM_THREADS` sets."""
     chosen = os.environ.get("GRADSTEP_NUM_THREADS", "").strip()
     if chosen.isdecimal() and int(chosen) >= 1:
         return int(chosen)
     if chosen:
         raise OutOfRangeError(f"GRADSTEP_NUM_THREADS must be a whole number of at least 1, got {chosen!r}")
+    return None
+
+
+def available_threads() -> int:
+    """How many threads this process may run at once: one for each CPU it is bound to."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -63,6 +94,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._threads: int | None = None
+        self._chosen = False  # whether somebody has said how many
         self.forget()
 
     def forget(self) -> None:
@@ -74,32 +106,47 @@ class Pool:
     def threads(self) -> int:
         """How many threads take part in a large step, the caller included."""
         if self._threads is None:
-            self._threads = available_threads()
+            chosen = threads_from_environment()
+            self._chosen = chosen is not None
+            self._threads = chosen or available_threads()
         return self._threads
 
     @threads.setter
     def threads(self, count: int) -> None:
         with self._busy:
-            self._threads = count
+            self._threads, self._chosen = count, True
             self._resize(0)
 
-    def run(self, function: Callable[[int], object], job: int, elements: int) -> None:
-        """Call `function(job)` on every thread that is worth it, and return when all are done."""
-        if elements < WORTH_THREADS or self.threads == 1:
-            function(job)
+    def threads_with(self, team: Team | None) -> int:
+        """The same for arrays of a library that has threads of its own: as many as those, if nobody has chosen."""
+        threads = self.threads
+        return threads if team is None or self._chosen else team.threads
+
+    def run(self, task: Task, job: int, elements: int, team: Team | None = None) -> None:
+        """Run the task on every thread that is worth it, and return when all are done.
+
+        A library's own threads are awake when its operations have just been run, and would take the CPUs from others
+        while they wait for more; so they are preferred wherever they are as many as there should be.
+        """
+        threads = self.threads_with(team)
+        if elements < WORTH_THREADS or threads == 1:
+            task.call(job)
             return
         # The workers use the caller's memory: an interrupt must not make the caller leave before them.
         with InterruptsHeld():
             if self._busy.acquire(blocking=False):
                 try:
-                    self._run_together(function, job)
+                    if team is not None and team.ready and team.threads == threads:
+                        team.run(task, job)
+                    else:
+                        self._run_together(task.call, job, threads - 1)
                 finally:
                     self._busy.release()
             else:
-                function(job)
+                task.call(job)
 
-    def _run_together(self, function: Callable[[int], object], job: int) -> None:
-        self._resize(self.threads - 1)
+    def _run_together(self, function: Callable[[int], object], job: int, workers: int) -> None:
+        self._resize(workers)
         started: list[Worker] = []
         try:
             for worker in self._workers:
@@ -134,8 +181,8 @@ if hasattr(os, "register_at_fork"):
 def set_num_threads(count: int) -> None:
     """Set how many threads a large step uses, the calling one included.
 
-    The default is `GRADSTEP_NUM_THREADS`, or the number of CPUs that the process is bound to. Results do not
-    depend on it.
+    The default is `GRADSTEP_NUM_THREADS`, or the number of CPUs that the process is bound to; for PyTorch tensors
+    `torch.get_num_threads()`, and then the step runs on PyTorch's own threads. Results do not depend on it.
 
     Raises:
         ArgumentTypeError: `count` is not an integer.

@@ -86,6 +86,7 @@ class Batch:
         launch = Launch(
             kernel, chunks, len(self.matches), int(self.sizes.sum()),
             rows=self._scalars.rows, scalars=self._scalars.values, dimensions=self._dimensions, keys=self._keys,
+            team=self._library.team,
         )  # fmt: skip
         for reduction in sweep.reductions:
             place = place_of(reduction)

@@ -14,6 +14,7 @@ from gradstep.program.formats import Format, compute_dtype
 from gradstep.program.graph import Reading, Trace, read_gradient
 from gradstep.program.kernel import emit
 from gradstep.program.program import Program, place_of
+from gradstep.program.threads import Team
 from gradstep.step.launch import Launch, flat_chunks
 
 SAFE_SQUARES = (1e-280, 1e280)  # between these, the sum of float64 squares has neither over- nor underflown
@@ -34,10 +35,16 @@ class Inspector:
         sizes: their numbers of elements.
         reading: what is looked at: the arrays as they are, or weighed, or added to their sums.
         sum_dtype: the dtype of those sums, in which a gradient that is weighed is computed.
+        team: the threads of the library that the arrays are of.
     """
 
     def __init__(
-        self, dtype: str, sizes: Sequence[int], reading: Reading = Reading.PLAIN, sum_dtype: str | None = None
+        self,
+        dtype: str,
+        sizes: Sequence[int],
+        reading: Reading = Reading.PLAIN,
+        sum_dtype: str | None = None,
+        team: Team | None = None,
     ) -> None:
         self._sizes = np.array(sizes, np.int64)
         bare = reading in (Reading.PLAIN, Reading.SCALED)
@@ -48,7 +55,9 @@ class Inspector:
         kernel, place = _kernel(self.dtype, dtype, Reading.PLAIN if bare else reading)
         self._micro = np.ones((1, 1))
         rows = np.zeros(len(sizes), np.int64)
-        self._launch = Launch(kernel, chunks, len(sizes), int(self._sizes.sum()), rows=rows, scalars=self._micro)
+        self._launch = Launch(
+            kernel, chunks, len(sizes), int(self._sizes.sum()), rows=rows, scalars=self._micro, team=team
+        )
         blocks = np.bincount(self._tensor_of_block, minlength=len(sizes))
         first = np.cumsum(blocks) - blocks
         self._launch.place(place, self._sums.ctypes.data + first * self._sums.itemsize, sums=True)

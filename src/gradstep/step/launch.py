@@ -9,7 +9,7 @@ from gradstep.arrays.memory import Integers, start_of
 from gradstep.program.blocks import BLOCK
 from gradstep.program.compiler import Kernel
 from gradstep.program.kernel import FIELDS, ROWS
-from gradstep.program.threads import pool
+from gradstep.program.threads import Team, pool
 
 RUN = 16  # chunks that a thread grabs at once, at most
 GRAIN, SHIFT = FIELDS.index("grain"), FIELDS.index("shift")
@@ -30,6 +30,7 @@ class Launch:
         scalars: the scalar expressions, one row per combination of step count and shape.
         dimensions: for factored programs, height, width and blocks per matrix of each tensor.
         keys: each tensor's key, where something is rounded at random.
+        team: the threads of the library that the tensors are of.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class Launch:
         scalars: Doubles | None = None,
         dimensions: Integers | None = None,
         keys: Integers | None = None,
+        team: Team | None = None,
     ) -> None:
+        self._team = team
         self.kernel, self._chunks, self._elements = kernel, len(chunks), elements
         self._operands = {(operand.place, operand.sums): row for row, operand in enumerate(kernel.source.operands)}
         self.addresses = np.zeros((len(kernel.source.operands), tensors), np.int64)
@@ -77,8 +80,8 @@ class Launch:
         """Run the kernel over all chunks, on as many threads as are worth it."""
         self._next[0] = 0
         # A thread that goes on where it was is faster than one that leaps over the others' chunks.
-        self._job[GRAIN] = min(max(self._chunks // (GRABS * pool.threads), 1), RUN)
-        pool.run(self.kernel.call, self._job_address, self._elements)
+        self._job[GRAIN] = min(max(self._chunks // (GRABS * pool.threads_with(self._team)), 1), RUN)
+        pool.run(self.kernel, self._job_address, self._elements, self._team)
 
 
 def flat_chunks(sizes: Integers) -> Integers:

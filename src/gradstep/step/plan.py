@@ -128,7 +128,7 @@ class Plan:
         """The global norm of the gradients as the rules will see them, and which of them are not finite."""
         if self._inspectors is None:
             self._inspectors = [
-                Inspector(batch.gradient_dtype, batch.sizes.tolist(), batch.reading, batch.dtype)
+                Inspector(batch.gradient_dtype, batch.sizes.tolist(), batch.reading, batch.dtype, self.library.team)
                 for batch in self.batches
             ]
         sums: list[float] = []
