@@ -127,7 +127,7 @@ def _compile(ir: str) -> bytes:
     module.verify()
     # The IR is already in vectors; what is left to LLVM is scheduling, registers and loop invariants.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = options.slp_vectorization = False
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)
     return target.emit_object(module)
