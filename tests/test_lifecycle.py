@@ -1,6 +1,5 @@
 """The life of an optimizer: state by name from init to re-init, steps over any subset, and what can change between."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -366,10 +365,9 @@ def test_the_report_tells_what_was_done() -> None:
 def test_the_report_is_frozen_and_has_no_other_fields() -> None:
     opt = gs.SGD(0.1)
     opt.apply_gradients({}, {})
-    fields = [field.name for field in dataclasses.fields(opt.report)]
-    assert fields == ["applied", "step", "learning_rate", "grad_norm", "culprits"]
-    for field in fields:
-        with pytest.raises(dataclasses.FrozenInstanceError):
+    assert opt.report._fields == ("applied", "step", "learning_rate", "grad_norm", "culprits")
+    for field in opt.report._fields:
+        with pytest.raises(AttributeError):
             setattr(opt.report, field, None)
 
 

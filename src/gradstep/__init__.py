@@ -3,8 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradstep.accumulate import Accumulate
-from gradstep.clip import clip_grad_norm
 from gradstep.errors import (
     AliasedParametersError,
     ArgumentTypeError,
@@ -25,32 +23,34 @@ from gradstep.errors import (
     UnknownParameterError,
 )
 from gradstep.explain import explain
-from gradstep.gradients import value_and_grad
 from gradstep.learning_rate import LearningRate
-from gradstep.multi import MultiOptimizer
 from gradstep.ops import abs, exp, log, maximum, mean, minimum, norm, orthogonalize, rms, sign, sqrt, where
 from gradstep.optimizer import Optimizer
-from gradstep.program.threads import set_num_threads
 from gradstep.report import Report
 from gradstep.rules.adadelta import AdaDelta
 from gradstep.rules.adafactor import Adafactor
 from gradstep.rules.adagrad import Adagrad
 from gradstep.rules.adam import Adam, AdamW
 from gradstep.rules.adamax import Adamax
-from gradstep.rules.custom import rule
 from gradstep.rules.lion import Lion
 from gradstep.rules.muon import Muon
 from gradstep.rules.rmsprop import RMSprop
 from gradstep.rules.sgd import SGD
-from gradstep.schedules import cosine_decay, exponential_decay, join_schedules, linear_schedule, step_decay
-from gradstep.step.bill import MemoryBill
 
 if TYPE_CHECKING:
+    from gradstep.accumulate import Accumulate
     from gradstep.bridges.mlx import from_mlx, to_mlx
     from gradstep.bridges.optax import from_optax, to_optax
     from gradstep.bridges.torch import from_torch, to_torch
     from gradstep.checkpoint.checkpoint_file import latest, load
     from gradstep.checkpoint.differences import Difference
+    from gradstep.clip import clip_grad_norm
+    from gradstep.gradients import value_and_grad
+    from gradstep.multi import MultiOptimizer
+    from gradstep.program.threads import set_num_threads
+    from gradstep.rules.custom import rule
+    from gradstep.schedules import cosine_decay, exponential_decay, join_schedules, linear_schedule, step_decay
+    from gradstep.step.bill import MemoryBill
 
 __version__ = "0.1.0"
 
@@ -122,6 +122,10 @@ __all__ = [
 ]
 
 _LATE = {
+    "Accumulate": "accumulate", "MemoryBill": "step.bill", "MultiOptimizer": "multi", "clip_grad_norm": "clip",
+    "rule": "rules.custom", "set_num_threads": "program.threads", "value_and_grad": "gradients",
+    "cosine_decay": "schedules", "exponential_decay": "schedules", "join_schedules": "schedules",
+    "linear_schedule": "schedules", "step_decay": "schedules",
     "Difference": "checkpoint.differences",
     "latest": "checkpoint.checkpoint_file", "load": "checkpoint.checkpoint_file",
     "from_mlx": "bridges.mlx", "from_optax": "bridges.optax", "from_torch": "bridges.torch",

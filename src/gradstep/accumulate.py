@@ -17,8 +17,8 @@ from gradstep.program.formats import compute_dtype
 from gradstep.report import Rate, Report
 from gradstep.rules.base import RuleOptimizer
 from gradstep.step.bill import MemoryBill, sums_bill
-from gradstep.step.forms import describe_floats
-from gradstep.step.functional import FormWatch, refuse_tracing
+from gradstep.step.forms import describe_floats, refuse_tracing
+from gradstep.step.functional import FormWatch
 from gradstep.step.intake import Intake, check_stored_sum, check_sum
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter

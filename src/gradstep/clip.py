@@ -12,9 +12,10 @@ from gradstep.errors import OutOfRangeError
 from gradstep.learning_rate import to_float
 from gradstep.program.formats import compute_dtype
 from gradstep.step import forms
-from gradstep.step.functional import look_at, refuse_tracing
-from gradstep.step.inspection import Inspector, clip_scale, global_norm
+from gradstep.step.functional import look_at
+from gradstep.step.inspection import Inspector, global_norm
 from gradstep.step.match import describe_floats
+from gradstep.step.scalars import clip_scale
 from gradstep.step.small import widened
 from gradstep.tree import flatten
 
@@ -55,7 +56,7 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
         scale = clip_scale(norm, max_norm)
         clipped = {name: _scaled(array, scale) for name, array in named.items()}
     else:
-        refuse_tracing(library, list(named.values()))
+        forms.refuse_tracing(library, list(named.values()))
         dtypes = {name: forms.describe_floats(library, x, f"grads[{name!r}]").dtype for name, x in named.items()}
         look = look_at(library, [{"g": array} for array in named.values()], max_norm)
         clipped = {name: _scaled_anew(library, array, look.scale, dtypes[name]) for name, array in named.items()}

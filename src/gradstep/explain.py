@@ -3,14 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from gradstep.accumulate import Accumulate
 from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.optimizer import Optimizer
 from gradstep.program.compiler import module_ir
 from gradstep.program.formats import BYTES, FLOATS, QUANTUM, Format, compute_dtype, scales_of
 from gradstep.program.formulas import spell
 from gradstep.program.graph import Kind, Reading, Symbol
-from gradstep.program.kernel import emit
 from gradstep.program.program import Program, Sweep, is_input, place_of
 
 
@@ -43,6 +41,8 @@ def explain(opt: Optimizer, *, ndim: int = 2, dtype: str = "float32", ir: bool =
             m' = beta2 * m + s2 * g
             w' = w * s3 - learning_rate * sign(beta1 * m + s1 * g)
     """
+    from gradstep.accumulate import Accumulate
+
     if not isinstance(opt, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentTypeError(f"explain takes an optimizer, got {opt!r}")
     if dtype not in FLOATS:
@@ -76,6 +76,8 @@ def _explain(program: Program, formats: Mapping[str, Format], uses: list[str], n
     for number, sweep in enumerate(program.sweeps):
         lines += [*text.sweep(sweep, number), *text.after(number)]
     if ir:
+        from gradstep.program.kernel import emit
+
         for number, sweep in enumerate(program.sweeps):
             lines += ["", f"; sweep {number + 1}", module_ir(emit(program, sweep, dtype, formats).ir)]
     return "\n".join(lines)

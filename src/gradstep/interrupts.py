@@ -1,19 +1,18 @@
 """Signals held back while memory is being written: Ctrl-C, and others whose handlers may raise."""
 
 import importlib
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-try:  # the functions that `signal` wraps in enumerations, which cost more than a small step
-    _functions: Any = importlib.import_module("_signal")
+try:  # what `signal` wraps in enumerations, which cost more than a small step
+    _signals: Any = importlib.import_module("_signal")
 except ImportError:
-    _functions = signal
+    _signals = importlib.import_module("signal")
 
 NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-HELD = [int(getattr(signal, name)) for name in NAMES if hasattr(signal, name)]
+HELD = [int(getattr(_signals, name)) for name in NAMES if hasattr(_signals, name)]
 
 
 class InterruptsHeld:
@@ -29,19 +28,19 @@ class InterruptsHeld:
             return
         try:
             for number in HELD:
-                handler = _functions.getsignal(number)
+                handler = _signals.getsignal(number)
                 if callable(handler):
                     self._previous.append((number, handler))
-                    _functions.signal(number, self._note)
+                    _signals.signal(number, self._note)
         except BaseException:  # from the handler of a signal that is not held yet
-            _each(_functions.signal, self._previous)
+            _each(_signals.signal, self._previous)
             raise
 
     def __exit__(self, *_: object) -> None:
         try:
-            _each(_functions.signal, self._previous)
+            _each(_signals.signal, self._previous)
         finally:
-            _each(signal.raise_signal, [(number,) for number in dict.fromkeys(self._arrived)])
+            _each(_signals.raise_signal, [(number,) for number in dict.fromkeys(self._arrived)])
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._arrived.append(number)

@@ -1,6 +1,5 @@
 """The life of a step: preflight, plan, inspect, commit."""
 
-import copy
 import itertools
 import math
 import os
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias, Ty
 import numpy as np
 
 from gradstep.arrays.library import OTHER, STAYED, recognise
-from gradstep.describe import Route, describe
 from gradstep.errors import (
     NonFiniteGradientError,
     NonFiniteScalarError,
@@ -28,21 +26,24 @@ from gradstep.persistence import Persistent
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.program.graph import Reading
 from gradstep.report import AwaitedReport, Rate, Report
-from gradstep.step.bill import MemoryBill, bill
-from gradstep.step.functional import FunctionalPlan, Look, refuse_shared, refuse_tracing
-from gradstep.step.inspection import Inspection, clip_scale
+from gradstep.step.forms import refuse_shared, refuse_tracing
 from gradstep.step.intake import PLAIN, SCALED, Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
-from gradstep.step.overlap import refuse_overlap
-from gradstep.step.plan import Plan, Share
 from gradstep.step.scalars import Scales
 from gradstep.tree import Namer, entries_of, named_arrays
 
+if TYPE_CHECKING:  # imported when they are needed
+    from gradstep.step.bill import MemoryBill
+    from gradstep.step.functional import FunctionalPlan, Look
+    from gradstep.step.inspection import Inspection
+    from gradstep.step.plan import Plan
+
+    AnyPlan: TypeAlias = Plan | FunctionalPlan
+    Planned: TypeAlias = tuple[AnyPlan, list[Any], list[Any]]
+
 Params = TypeVar("Params")
 Result = TypeVar("Result")
-AnyPlan: TypeAlias = Plan | FunctionalPlan
-Planned: TypeAlias = tuple[AnyPlan, list[Any], list[Any]]
 
 
 OWN = frozenset({"_lock", "_plan", "_serial", "_name_params", "_name_grads"})
@@ -152,6 +153,8 @@ class Optimizer(Persistent, Options, ABC):
         named = thawed(everything, self._frozen)
         library = recognise(params=named)
         if library.in_place is True:
+            from gradstep.step.overlap import refuse_overlap
+
             refuse_overlap(library, named, {name: everything[name] for name in everything if name not in named})
         else:
             refuse_tracing(library, list(named.values()))
@@ -195,13 +198,15 @@ class Optimizer(Persistent, Options, ABC):
         print(self._exclusively(lambda: self._describe(params)))
 
     def _describe(self, params: object) -> str:
+        from gradstep.describe import Route, describe
+
         self._check_options()
         named = named_arrays(params, "params")
         routes = self._assign(thawed(named, self._frozen), remember=False)
         parts = zip(self._titles(), routes, strict=True)
         return describe(named, [Route(title, leaf, names) for title, (leaf, names) in parts], self._frozen)
 
-    def memory(self, params: object) -> MemoryBill:
+    def memory(self, params: object) -> "MemoryBill":
         """How many bytes of slots, float32 copies and scratch these parameters need; nothing is allocated.
 
         What is the optimizer's already counts too. Tables of about a hundred bytes for each parameter do not.
@@ -221,6 +226,8 @@ class Optimizer(Persistent, Options, ABC):
             >>> gs.AdamW(1e-3).memory(params).total, gs.AdamW(1e-3, slot_dtype="int8").memory(params).total
             (8388608, 2129920)
         """
+        from gradstep.step.bill import bill
+
         named = thawed(named_arrays(params, "params"), self._frozen)
         return self._exclusively(lambda: bill(named, self._assign(named, remember=False), inspected=self._inspects))
 
@@ -276,13 +283,13 @@ class Optimizer(Persistent, Options, ABC):
         plan, parameters, gradients = self._planned(grads, params, intake)
         if intake.scaled:
             plan.check(scales)
-        if isinstance(plan, FunctionalPlan):
-            self._replace(plan, parameters, gradients, params, scales, intake)
-        else:
+        if plan.in_place is True:
             self._overwrite(plan, parameters, gradients, scales, intake)
+        else:
+            self._replace(plan, parameters, gradients, params, scales, intake)
 
     def _overwrite(
-        self, plan: Plan, parameters: list[Any], gradients: list[Any], scales: Scales, intake: Intake
+        self, plan: "Plan", parameters: list[Any], gradients: list[Any], scales: Scales, intake: Intake
     ) -> None:
         """Take the step in the memory of the arrays."""
         plan.gather(parameters, gradients)
@@ -297,13 +304,13 @@ class Optimizer(Persistent, Options, ABC):
                 intake.done()
             return
         if inspection and self._clip_norm is not None:
-            scales = scales._replace(whole=scales.whole * clip_scale(inspection.norm, self._clip_norm))
+            scales = scales.clipped(inspection.norm, self._clip_norm)
         with IeeeArithmetic():
             plan.prepare(scales)
         report = self._make_report(inspection, culprits, applied=True)
         self._commit(plan, parameters, report, intake)
 
-    def _commit(self, plan: Plan, parameters: Sequence[Any], report: Report, intake: Intake) -> None:
+    def _commit(self, plan: "Plan", parameters: Sequence[Any], report: Report, intake: Intake) -> None:
         staged = [(share, share.stage()) for share in plan.shares]
         written = [*parameters, *plan.shown_slots]  # who holds no slot keeps no account of it
         with InterruptsHeld():
@@ -316,7 +323,7 @@ class Optimizer(Persistent, Options, ABC):
             intake.done()
 
     def _replace(
-        self, plan: FunctionalPlan, parameters: list[Any], gradients: list[Any], params: object, scales: Scales,
+        self, plan: "FunctionalPlan", parameters: list[Any], gradients: list[Any], params: object, scales: Scales,
         intake: Intake,
     ) -> None:  # fmt: skip
         """Take the step by putting new arrays where the old ones were."""
@@ -339,7 +346,7 @@ class Optimizer(Persistent, Options, ABC):
             self._report = AwaitedReport(lambda: self._read_report(plan, look, outcome, rate))
             intake.done()
 
-    def _read_report(self, plan: FunctionalPlan, look: Look | None, outcome: Outcome | None, rate: Rate) -> Report:
+    def _read_report(self, plan: "FunctionalPlan", look: "Look | None", outcome: Outcome | None, rate: Rate) -> Report:
         norm, culprits = plan.read(look) if look else (None, ())
         return Report(outcome.applied if outcome else True, self.step, rate, norm, culprits)
 
@@ -348,17 +355,17 @@ class Optimizer(Persistent, Options, ABC):
         """Whether the gradients are looked at before the step."""
         return self._clip_norm is not None or self._nonfinite != "allow"
 
-    def _make_report(self, inspection: Inspection | None, culprits: tuple[str, ...], *, applied: bool) -> Report:
+    def _make_report(self, inspection: "Inspection | None", culprits: tuple[str, ...], *, applied: bool) -> Report:
         norm = inspection.norm if inspection else None
         return Report(applied, self.step + applied, self._coming_rate(), norm, culprits)
 
-    def _inspect(self, plan: Plan, gradients: Sequence[Any], scales: Scales) -> Inspection | None:
+    def _inspect(self, plan: "Plan", gradients: Sequence[Any], scales: Scales) -> "Inspection | None":
         if not self._inspects:
             return None
         with IeeeArithmetic():
             return plan.inspect(gradients, scales)
 
-    def _planned(self, grads: object, params: object, intake: Intake) -> Planned:
+    def _planned(self, grads: object, params: object, intake: Intake) -> "Planned":
         """The plan for these arrays, and the arrays in its order."""
         as_before = self._planned_before(grads, params, intake)  # flat and named as planned: there are no names to make
         if as_before is not None:
@@ -368,7 +375,7 @@ class Optimizer(Persistent, Options, ABC):
             as_before = self._planned_before(wanted, named, intake)
         return as_before or self._plan_anew(wanted, named, intake)
 
-    def _planned_before(self, grads: object, params: object, intake: Intake) -> Planned | None:
+    def _planned_before(self, grads: object, params: object, intake: Intake) -> "Planned | None":
         """The last plan, if it was for such arrays under such names and its step succeeded."""
         cached = self._plan
         if cached is None or not cached.plan.published or type(grads) is not dict or type(params) is not dict:
@@ -376,7 +383,7 @@ class Optimizer(Persistent, Options, ABC):
         named, wanted = cast("dict[str, Any]", params), cast("dict[str, Any]", grads)
         if cached.key != self._plan_key(wanted, named, intake):
             return None
-        if isinstance(cached.plan, FunctionalPlan):
+        if cached.plan.in_place is False:
             refuse_shared(named, cached.plan.names)
         parameters, gradients = cached.sort(named.values(), wanted.values())
         totals = intake.totals(cached.plan.names)
@@ -388,7 +395,7 @@ class Optimizer(Persistent, Options, ABC):
         options = intake.scaled, self._clip_norm is not None, self._nonfinite == "skip", self._donate
         return PlanKey(list(named), list(wanted), options, self._frozen, epochs, intake.readings(list(wanted)))
 
-    def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> Planned:
+    def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> "Planned":
         self._plan = None  # its scratch is free before the next plan takes its own
         key = self._plan_key(wanted, named, intake)  # before anything that it stands for is read
         chosen = thawed(dict(zip(wanted, pick(named, list(wanted)), strict=True)), self._frozen)
@@ -398,11 +405,16 @@ class Optimizer(Persistent, Options, ABC):
         _, clipped, skipping, donating = key.options
         kept: dict[str, Any] = {}
         if library.in_place is True:
+            from gradstep.step.overlap import refuse_overlap
+            from gradstep.step.plan import Plan, Share
+
             others = {name: array for name, array in named.items() if name not in chosen}
             kept = {name: others[name] for name in refuse_overlap(library, chosen, others)}
             shares = [Share(leaf, names) for leaf, names in self._assign_known(chosen)]
             plan = Plan(library, shares, chosen, wanted, intake)
         else:
+            from gradstep.step.functional import FunctionalPlan
+
             refuse_shared(named, chosen)
             plan = FunctionalPlan(
                 library, self._assign_known(chosen), chosen, wanted, intake,
@@ -433,6 +445,8 @@ class Optimizer(Persistent, Options, ABC):
             super().__setattr__(name, value)
 
     def _snapshot(self, memo: dict[int, Any]) -> dict[str, Any]:
+        import copy
+
         kept = vars(self).keys() - self._uncopied
 
         def copied() -> dict[str, Any]:
@@ -449,6 +463,8 @@ class Optimizer(Persistent, Options, ABC):
         vars(self).update(state)
 
     def __copy__(self) -> Self:
+        import copy
+
         return copy.deepcopy(self)  # two optimizers cannot share their slots
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -509,7 +525,7 @@ class _CachedPlan:
     """A plan, and what must still be the same for it to serve again."""
 
     def __init__(
-        self, key: PlanKey, plan: AnyPlan, parameters: list[Any], gradients: list[Any], kept: Mapping[str, Any],
+        self, key: PlanKey, plan: "AnyPlan", parameters: list[Any], gradients: list[Any], kept: Mapping[str, Any],
         totals: list[Any],
     ) -> None:  # fmt: skip
         self.key, self.plan = key, plan
@@ -542,7 +558,7 @@ class _CachedPlan:
         found = self._parameters.locate(parameters), self._gradients.locate(gradients)
         if OTHER in found or not self._slots_stayed() or (totals and self._totals.locate(totals) != STAYED):
             return False
-        if isinstance(self.plan, FunctionalPlan):
+        if self.plan.in_place is False:
             return True
         if found[0] != STAYED or not settled:
             self.plan.move(self._parameters.addresses, self._gradients.addresses)

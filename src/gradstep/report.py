@@ -1,15 +1,13 @@
 """What a call of `apply_gradients` did."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 Rate: TypeAlias = float | dict[str, float | None] | None
 """The learning rate of a step: by glob where it is mapped, None where there is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """The outcome of the last `apply_gradients`.
 
     Attributes:
@@ -27,8 +25,7 @@ class Report:
     culprits: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class AwaitedReport:
+class AwaitedReport(NamedTuple):
     """A report that only a device can complete; read when somebody asks for it."""
 
     read: Callable[[], Report]

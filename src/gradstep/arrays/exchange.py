@@ -7,7 +7,6 @@ small compiled loop calls it for each array and compares what it says with what 
 import ctypes
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -232,8 +231,7 @@ exit:
 """
 
 
-@dataclass(frozen=True)
-class Offsets:
+class Offsets(NamedTuple):
     """Where the objects of a library keep what no interface tells fast enough, in bytes; found by experiment.
 
     An array object holds its type and a pointer to its body; the body holds flags, of which `refused` must not be
@@ -280,7 +278,7 @@ class ExchangeWatch:
         self._records, self._layouts = np.array(records, np.int64), np.array(layouts, np.int64)
         self.addresses = np.zeros(self._count, np.int64)
         tables = (table.ctypes.data for table in (self._records, self._layouts, self.addresses))
-        offsets = astuple(exchange.offsets) if exchange.offsets else (0,) * 5
+        offsets = exchange.offsets or (0,) * 5
         self._job = np.array([get_item(), exchange.describe, *offsets, self._count, *tables], np.int64)
         self._job_address = self._job.ctypes.data
 

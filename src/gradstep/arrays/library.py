@@ -235,13 +235,13 @@ def recognise(**trees: Mapping[str, object]) -> Library:
                     f"{first[0]} belongs to {first[1].name}, but {what} to {library.name}; "
                     "one call takes arrays of one library"
                 )
-    return first[1] if first else _numpy()
+    return first[1] if first else numpy_library()
 
 
 def owner(value: object) -> Library | None:
     """The library of an array, by the modules that have been imported; None for what is no array."""
     if isinstance(value, (np.ndarray, np.generic)):
-        return _numpy()
+        return numpy_library()
     torch, jax, mlx = map(sys.modules.get, ("torch", "jax", "mlx.core"))
     if torch is not None and isinstance(value, torch.Tensor):
         from gradstep.arrays.torch import TORCH
@@ -270,7 +270,14 @@ def _came(value: object) -> str:
     return f"a {kind}{remedy}"
 
 
-def _numpy() -> MemoryLibrary:
+def is_masked(array: object) -> bool:
+    """Whether an array of NumPy has a mask. None has before `numpy.ma` is imported, which takes a while."""
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(array, masked.MaskedArray)
+
+
+def numpy_library() -> MemoryLibrary:
+    """The library of NumPy, imported for the first array."""
     from gradstep.arrays.numpy import NUMPY
 
     return NUMPY

@@ -7,7 +7,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from gradstep.arrays.library import OTHER, Found, found
+from gradstep.arrays.library import OTHER, Found, found, is_masked
 from gradstep.arrays.memory import Memory, bits_dtype
 from gradstep.arrays.numpy_objects import ObjectWatch, find_offsets
 from gradstep.errors import ArgumentTypeError, DtypeError
@@ -63,7 +63,7 @@ class NumPy:
 
     def describe(self, array: Array, what: str) -> Memory:
         """See `MemoryLibrary.describe`."""
-        if isinstance(array, np.ma.MaskedArray):
+        if is_masked(array):
             raise ArgumentTypeError(f"{what} is a masked array, and a step would ignore the mask; pass .filled()")
         if array.dtype.name not in BYTES or not array.dtype.isnative:
             raise DtypeError(

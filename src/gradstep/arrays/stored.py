@@ -5,9 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from gradstep.arrays.library import Form, FunctionalLibrary, Library, MemoryLibrary, owner
+from gradstep.arrays.library import (
+    Form,
+    FunctionalLibrary,
+    Library,
+    MemoryLibrary,
+    is_masked,
+    numpy_library,
+    owner,
+)
 from gradstep.arrays.memory import bits_dtype
-from gradstep.arrays.numpy import NUMPY
 from gradstep.errors import ArgumentTypeError, DtypeError
 
 Bits = np.ndarray[Any, Any]
@@ -46,7 +53,7 @@ class Stored:
     def shown(self) -> Any:
         """The same memory as an array of NumPy."""
         try:
-            return NUMPY.from_bits(self.bits, self.dtype)
+            return numpy_library().from_bits(self.bits, self.dtype)
         except DtypeError as error:
             raise DtypeError(
                 f"a loaded array belongs to NumPy before the next step. {error}; or load with like=params"
@@ -69,7 +76,7 @@ def check_array(array: Any, what: str) -> Library:
     library = owner(array)
     if library is None:
         raise ArgumentTypeError(f"{what} is a {type(array).__name__}; expected an array of NumPy, PyTorch, JAX or MLX")
-    if isinstance(array, np.ma.MaskedArray):
+    if is_masked(array):
         raise ArgumentTypeError(f"{what} is a masked array, and its mask would be lost; pass .filled()")
     return library
 
@@ -83,7 +90,7 @@ def bits_of(array: Any, what: str) -> Bits:
     if isinstance(array, Stored):
         return array.bits
     library = check_array(array, what)
-    if library is NUMPY:
+    if library is numpy_library():
         array = np.asarray(array)
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
     try:

@@ -1,7 +1,7 @@
 """LLVM IR that reads and writes the arrays of a sweep, in whatever format each is stored."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradstep.program.formats import BYTES, NARROW, QUANTUM, Format, codes_of, master_of, scales_of
 from gradstep.program.graph import Kind, Symbol
@@ -13,8 +13,7 @@ AHEAD = 256  # bytes; more works against the processor's own prefetching, which 
 LINE = 64
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """An array of the sweep: dense, small, the scales of codes, or the sums that a reduction leaves behind."""
 
     place: str

@@ -3,16 +3,18 @@
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import stat
 import threading
 import warnings
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gradstep.program.kernel import KernelSource
 from gradstep.program.processor import architecture, cpu, triple
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gradstep.program.kernel import KernelSource
 
 # Kernels run with denormals kept and rounding to nearest, whatever mode the calling thread is in.
 X86_MODE = """
@@ -68,14 +70,14 @@ if hasattr(os, "register_at_fork"):
 class Kernel:
     """A compiled sweep: call it with the address of a job. The call runs without the GIL."""
 
-    def __init__(self, source: KernelSource) -> None:
+    def __init__(self, source: "KernelSource") -> None:
         self.source = source
         self.address = load_function("sweep", module_ir(source.ir))
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
 
 @functools.cache
-def compile_kernel(source: KernelSource) -> Kernel:
+def compile_kernel(source: "KernelSource") -> Kernel:
     """The kernel of `source`."""
     return Kernel(source)
 
@@ -126,7 +128,7 @@ def _compile(ir: str) -> bytes:
     module.verify()
     # The IR is already in vectors; what is left to LLVM is scheduling, registers and loop invariants.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = options.slp_vectorization = False
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)
     return target.emit_object(module)
@@ -150,11 +152,19 @@ def _target() -> tuple[Any, Any]:
 def _key(module: str) -> str:
     llvm, _ = _target()
     parts = (module, repr(llvm.llvm_version_info), triple(), *cpu())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return _sha256("\0".join(parts).encode()).hex()
 
 
-def cache_folder() -> Path:
+def _sha256(content: bytes) -> bytes:
+    import hashlib  # late: it loads OpenSSL
+
+    return hashlib.sha256(content).digest()
+
+
+def cache_folder() -> "Path":
     """Where kernels are kept: `GRADSTEP_CACHE_DIR`, or the user's cache folder."""
+    from pathlib import Path
+
     chosen = os.environ.get("GRADSTEP_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -177,7 +187,7 @@ def _read(key: str) -> bytes | None:
     except OSError:
         return None
     head, digest, code = content[: len(MAGIC)], content[len(MAGIC) : len(MAGIC) + 32], content[len(MAGIC) + 32 :]
-    whole = head == MAGIC and hashlib.sha256(key.encode() + code).digest() == digest
+    whole = head == MAGIC and _sha256(key.encode() + code) == digest
     return code if whole else None
 
 
@@ -193,7 +203,7 @@ def _write(key: str, code: bytes) -> None:
         handle, name = tempfile.mkstemp(dir=folder, prefix=".new-")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(MAGIC + hashlib.sha256(key.encode() + code).digest() + code)
+                file.write(MAGIC + _sha256(key.encode() + code) + code)
             os.replace(name, folder / f"{key}.o")
         except BaseException:
             with contextlib.suppress(OSError):
@@ -209,7 +219,7 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 @functools.cache
-def _warn_once(folder: Path) -> None:
+def _warn_once(folder: "Path") -> None:
     warnings.warn(
         f"other users can write to {folder}, so kernels are not kept there and are compiled in every process; "
         "make the folder private (chmod 700) or set GRADSTEP_CACHE_DIR",

@@ -1,7 +1,6 @@
 """How the arrays of a rule are stored: their dtypes, how they are rounded, and the arrays that each is made of."""
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
@@ -25,8 +24,7 @@ def compute_dtype(parameter: str) -> str:
     return "float64" if parameter == "float64" else "float32"
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """How one array is stored.
 
     Attributes:

@@ -7,8 +7,8 @@ and length, in elements (flat) or in blocks of `ROWS` rows (factored).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from gradstep.program.access import Access, Operand, sum_operand
 from gradstep.program.blocks import BLOCK, LANES
@@ -21,8 +21,7 @@ ROWS = 64
 FIELDS = ("chunks", "count", "grain", "next", "addresses", "tensors", "rows", "scalars", "dimensions", "keys", "shift")
 
 
-@dataclass(frozen=True)
-class KernelSource:
+class KernelSource(NamedTuple):
     """The IR of one sweep for given dtypes, and the operands in the order of their addresses."""
 
     ir: str
@@ -35,15 +34,9 @@ def emit(program: Program, sweep: Sweep, dtype: str, formats: Mapping[str, Forma
     return KernelSource(emitter.function(), tuple(emitter.arrays.operands))
 
 
-@dataclass
 class _Emitter:
-    program: Program
-    sweep: Sweep
-    dtype: str
-    formats: Mapping[str, Format]
-    code: Code = field(default_factory=Code)
-
-    def __post_init__(self) -> None:
+    def __init__(self, program: Program, sweep: Sweep, dtype: str, formats: Mapping[str, Format]) -> None:
+        self.program, self.sweep, self.dtype, self.formats, self.code = program, sweep, dtype, formats, Code()
         # Reductions are defined on LANES lanes; without any, eight doubles keep the registers from spilling.
         self.lanes = LANES if self.sweep.reductions or self.dtype == "float32" else LANES // 2
         small = [Operand(place_of(source), source.kind, self.dtype) for source in small_inputs(self.sweep)]

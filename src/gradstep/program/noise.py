@@ -17,8 +17,6 @@ Source: Weyl, 1916, https://doi.org/10.1007/BF01475864; Steele et al., 2014, htt
 Wellons, 2018, https://nullprogram.com/blog/2018/07/31/
 """
 
-import hashlib
-
 from gradstep.program.values import Code, splat, vector
 
 MASK = (1 << 64) - 1
@@ -36,6 +34,8 @@ def mix(word: int) -> int:
 
 def name_key(name: str) -> int:
     """The word of a parameter's name, or of a place in a rule."""
+    import hashlib  # late: it loads OpenSSL
+
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 

@@ -1,28 +1,25 @@
 """A traced rule cut into sweeps: passes over the elements, with the small values computed between them."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradstep.program.graph import REDUCTIONS, Kind, Symbol, reachable
 from gradstep.program.scalars import ScalarExpressions
 
 
-@dataclass(frozen=True)
-class Store:
+class Store(NamedTuple):
     """One result of a sweep and the array that receives it: `w`, a slot, or scratch."""
 
     place: str
     value: Symbol
 
 
-@dataclass(frozen=True)
 class Sweep:
     """One pass over all elements: what it sums, and what it writes."""
 
-    reductions: tuple[Symbol, ...]
-    stores: tuple[Store, ...]
+    def __init__(self, reductions: Sequence[Symbol], stores: Sequence[Store]) -> None:
+        self.reductions, self.stores = tuple(reductions), tuple(stores)
 
     @cached_property
     def roots(self) -> list[Symbol]:
@@ -62,19 +59,15 @@ def place_of(symbol: Symbol) -> str:
     return symbol.attribute if symbol.op == "array" else f"{symbol.op}:{symbol.index}"
 
 
-@dataclass(frozen=True)
 class Program:
     """A rule for one configuration and number of dimensions.
 
     `outputs` maps `w` and the kept slots to their new values; `slots` gives the kind of each kept slot.
     """
 
-    name: str
-    slots: Mapping[str, Kind]
-    outputs: Mapping[str, Symbol]
-    levels: dict[int, int] = field(init=False, default_factory=dict[int, int], compare=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, slots: Mapping[str, Kind], outputs: Mapping[str, Symbol]) -> None:
+        self.name, self.slots, self.outputs = name, slots, outputs
+        self.levels: dict[int, int] = {}
         for symbol in self.symbols:
             level = max((self.levels[arg.index] for arg in symbol.args), default=0)
             self.levels[symbol.index] = level + (ends_a_sweep(symbol))
@@ -99,7 +92,7 @@ class Program:
                 for place, value in self.outputs.items()
                 if value.kind is Kind.FULL and not is_unchanged(place, value)
             ]
-        return Sweep(tuple(s for s in ending if s.op in REDUCTIONS), tuple(stores))
+        return Sweep([s for s in ending if s.op in REDUCTIONS], stores)
 
     @cached_property
     def scalars(self) -> ScalarExpressions:

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any, ClassVar, Self, dataclass_transform
 
 from gradstep.errors import ArgumentTypeError
@@ -221,6 +220,8 @@ def _signature(fields: Mapping[str, Field]) -> inspect.Signature:
 
 def _hint(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     """What may have been meant by arguments that do not exist."""
+    from difflib import get_close_matches
+
     hints: list[str] = []
     for unknown in given.keys() - signature.parameters.keys():
         close = ["learning_rate"] if unknown == "lr" else get_close_matches(unknown, signature.parameters, 1)

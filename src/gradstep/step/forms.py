@@ -1,11 +1,18 @@
 """Gradients and slots of arrays that never change, checked against their parameter."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from gradstep.arrays.library import Form, FunctionalLibrary, owner
 from gradstep.arrays.stored import Stored
-from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, ShapeError
+from gradstep.errors import (
+    AliasedParametersError,
+    ArgumentTypeError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    TracingError,
+)
 from gradstep.program.formats import EXPECTED, FLOATS, Format
 from gradstep.program.graph import Kind
 from gradstep.program.program import Program
@@ -87,3 +94,24 @@ def check_gradient(library: FunctionalLibrary, name: str, gradient: Any, wanted:
         raise DeviceError(
             f"grads[{name!r}] is on {here}, but params[{name!r}] is on {there}; bring them together first"
         )
+
+
+def refuse_tracing(library: FunctionalLibrary, arrays: list[Any]) -> None:
+    """Raise `TracingError` for arrays inside of a transformation."""
+    if library.is_tracing(arrays):
+        raise TracingError(
+            f"these arrays stand for values inside a transformation of {library.name}, where the step counter would be "
+            f"frozen; step outside of it, or use gradstep.{library.adapter} inside"
+        )
+
+
+def refuse_shared(named: Mapping[str, Any], written: Container[str]) -> None:
+    """Raise `AliasedParametersError` for one array under two names, of which one is written."""
+    first: dict[int, str] = {}
+    for name, array in named.items():
+        other = first.setdefault(id(array), name)
+        if other != name and (name in written or other in written):
+            raise AliasedParametersError(
+                f"params[{other!r}] and params[{name!r}] are one array, which a step would part; pass shared arrays "
+                "once, under one name, with the sum of the gradients"
+            )

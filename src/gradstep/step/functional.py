@@ -2,20 +2,20 @@
 
 import functools
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from gradstep.arrays.library import OTHER, STAYED, Form, Found, FunctionalLibrary
 from gradstep.arrays.memory import Integers
-from gradstep.errors import AliasedParametersError, TracingError
+from gradstep.errors import AliasedParametersError
 from gradstep.program.formats import Format, compute_dtype
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
-from gradstep.step.forms import check_devices, check_gradient, describe_floats, make_slots
+from gradstep.step.forms import check_devices, check_gradient, describe_floats, make_slots, refuse_tracing
 from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
@@ -137,6 +137,8 @@ class Look(NamedTuple):
 
 class FunctionalPlan:
     """A step planned: what is compiled, and the tables of scalars. Holds no parameters or gradients."""
+
+    in_place: Literal[False] = False
 
     def __init__(
         self,
@@ -342,15 +344,6 @@ def _read(library: FunctionalLibrary, part: Part, dtype: str) -> Any:
     return library.cast(part["g.sum"], dtype) + g if "g.sum" in part else g
 
 
-def refuse_tracing(library: FunctionalLibrary, arrays: list[Any]) -> None:
-    """Raise `TracingError` for arrays inside of a transformation."""
-    if library.is_tracing(arrays):
-        raise TracingError(
-            f"these arrays stand for values inside a transformation of {library.name}, where the step counter would be "
-            f"frozen; step outside of it, or use gradstep.{library.adapter} inside"
-        )
-
-
 DONATED_TWICE = (
     "a parameter or slot shares its memory with another one or with a gradient, so it cannot be donated; "
     "pass copies, or donate=False"
@@ -361,15 +354,3 @@ def _refuse_donating_twice(parameters: list[Any], slots: list[dict[str, Any]], g
     arrays = [*parameters, *gradients, *(array for row in slots for array in row.values())]
     if len(set(map(id, arrays))) < len(arrays) - len(gradients) + len(set(map(id, gradients))):
         raise AliasedParametersError(DONATED_TWICE)
-
-
-def refuse_shared(named: Mapping[str, Any], written: Container[str]) -> None:
-    """Raise `AliasedParametersError` for one array under two names, of which one is written."""
-    first: dict[int, str] = {}
-    for name, array in named.items():
-        other = first.setdefault(id(array), name)
-        if other != name and (name in written or other in written):
-            raise AliasedParametersError(
-                f"params[{other!r}] and params[{name!r}] are one array, which a step would part; pass shared arrays "
-                "once, under one name, with the sum of the gradients"
-            )

@@ -107,8 +107,3 @@ def global_norm(sums: Sequence[float], arrays: Callable[[], Iterable[np.ndarray[
         return math.ldexp(math.sqrt(total), exponent)
     except OverflowError:
         return math.inf
-
-
-def clip_scale(norm: float, max_norm: float) -> float:
-    """The factor that brings the norm down to `max_norm`; NaN for a norm that is not finite."""
-    return min(max_norm / (norm + 1e-6), 1.0) if math.isfinite(norm) else math.nan

@@ -1,8 +1,7 @@
 """Gradient, parameter and slots of one name, brought together and checked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ from gradstep.step.storage import Part, Storage, are_ordered, parts_of
 REMEDY = "opt.init(params) begins anew"
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """One parameter of the step: its arrays (`w`, `g`, those of its state, `g.sum`), and where each lies."""
 
     name: str

@@ -1,7 +1,7 @@
 """A step planned: which arrays run in which batch, checked once and reused while nothing but addresses changes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class Share:
 
 class Plan:
     """The tables of a step. Holds no reference to parameters or gradients."""
+
+    in_place: Literal[True] = True
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
 """The values of a program's scalar expressions for all tensors of a batch, in as few rows as there are differences."""
 
+import math
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -10,8 +11,10 @@ from gradstep.arrays.memory import Integers
 from gradstep.errors import OutOfRangeError
 from gradstep.program.program import Program
 from gradstep.program.scalars import LARGEST
-from gradstep.step.launch import Doubles
 from gradstep.step.leaf import Leaf
+
+if TYPE_CHECKING:
+    from gradstep.step.launch import Doubles
 
 
 class Scales(NamedTuple):
@@ -31,6 +34,15 @@ class Scales(NamedTuple):
                 raise OutOfRangeError(
                     f"grad_scale must be finite in {dtype}, the dtype of the computation, got {value}"
                 )
+
+    def clipped(self, norm: float, max_norm: float) -> "Scales":
+        """The same for gradients of this global norm, brought down to `max_norm`."""
+        return self._replace(whole=self.whole * clip_scale(norm, max_norm))
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """The factor that brings the norm down to `max_norm`; NaN for a norm that is not finite."""
+    return min(max_norm / (norm + 1e-6), 1.0) if math.isfinite(norm) else math.nan
 
 
 class ScalarTable:
