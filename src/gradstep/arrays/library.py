@@ -2,13 +2,15 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from gradstep.arrays.memory import Integers, Memory
 from gradstep.errors import ArgumentTypeError
-from gradstep.program.threads import Team
+
+if TYPE_CHECKING:
+    from gradstep.program.threads import Team
 
 Found: TypeAlias = Literal[0, 1, 2]
 OTHER: Found = 0  # something else than addresses differs
@@ -69,7 +71,7 @@ class MemoryLibrary(Operations, Protocol):
     """A library whose arrays are written where they lie."""
 
     in_place: Literal[True]
-    team: Team | None
+    team: "Team | None"
     """The library's own threads, where kernels can run on them."""
 
     def describe(self, array: Any, what: str) -> Memory:
