@@ -1,7 +1,7 @@
 """Holds `opt.memory` to what a step really allocates."""
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -51,9 +51,15 @@ def allocated(body: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("storage", STORAGE, ids=str)
-@pytest.mark.parametrize(("cls", "kwargs"), configurations())
+def bills() -> Iterator[Any]:
+    """Every row with every storage, each with one layout in turn, so that both meet all layouts."""
+    for place, row in enumerate(configurations()):
+        for number, storage in enumerate(STORAGE):
+            layout = list(LAYOUTS)[(place + number) % len(LAYOUTS)]
+            yield pytest.param(*row.values, storage, layout, id=f"{row.id}-{storage}-{layout}")
+
+
+@pytest.mark.parametrize(("cls", "kwargs", "storage", "layout"), list(bills()))
 def test_a_step_allocates_what_the_bill_says(cls, kwargs, storage, layout):
     dtype = "bfloat16" if "master_weights" in storage or "rounding" in storage else "float32"
     rng = np.random.default_rng(0)
@@ -96,7 +102,7 @@ def test_the_bill_of_several_optimizers_is_their_sum_and_frozen_parameters_cost_
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("storage", [{}, {"slot_dtype": "int8"}], ids=str)
-@pytest.mark.parametrize("every", [2, 3, 4])
+@pytest.mark.parametrize("every", [2, 4])
 @pytest.mark.parametrize("cls", [gs.AdamW, gs.Muon])
 def test_sums_of_micro_batches_are_on_the_bill(layout, storage, every, cls):
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from everywhere import (
     in_place,
     on_all,
 )
-from families import ELEMENTWISE_FAMILIES, assert_same_bits, configurations
+from families import ELEMENTWISE_FAMILIES, assert_same_bits, configurations, in_both_dtypes
 
 
 def made(make: Callable[[Any], Any], tree: dict[str, Any]) -> dict[str, Any]:
@@ -53,8 +53,7 @@ def trained(opt: Any, make: Callable[[Any], Any], dtype: str, scales: list[float
 
 
 @in_place
-@both_dtypes
-@pytest.mark.parametrize(("cls", "kwargs"), configurations())
+@pytest.mark.parametrize(("cls", "kwargs", "dtype"), in_both_dtypes(configurations()))
 def test_every_family_gives_the_bits_of_gradients_scaled_before(cls: Any, kwargs: Any, dtype: str, make: Any) -> None:
     scales = [0.3, 1.0, -7.0, 1 / 1024, 0.0]
     ours, expected = (trained(cls(**kwargs), make, dtype, scales, before=before) for before in (False, True))
@@ -63,8 +62,7 @@ def test_every_family_gives_the_bits_of_gradients_scaled_before(cls: Any, kwargs
 
 
 @functional
-@both_dtypes
-@pytest.mark.parametrize(("cls", "kwargs"), configurations(*ELEMENTWISE_FAMILIES))
+@pytest.mark.parametrize(("cls", "kwargs", "dtype"), in_both_dtypes(configurations(*ELEMENTWISE_FAMILIES)))
 def test_it_is_within_tolerance_on_arrays_that_never_change(cls: Any, kwargs: Any, dtype: str, make: Any) -> None:
     scales = [0.3, 1.0, -7.0]
     ours = trained(cls(**kwargs), make, dtype, scales, before=False)

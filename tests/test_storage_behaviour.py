@@ -476,7 +476,8 @@ def test_jax_and_mlx_agree_with_the_reference(library: str, choice: Choice, dtyp
     make = MAKERS[library]
     cls, kwargs = FUNCTIONAL[(CHOSEN.index(choice) + list(DTYPES).index(dtype)) % 3]
     opt = cls(**kwargs, **choice._asdict())
-    starts = {str(size): values(size, size, dtype) for size in (1, 255, 700)}
+    sizes = (1, 700) if library == "JAX" else (1, 255, 700)  # XLA compiles each anew
+    starts = {str(size): values(size, size, dtype) for size in sizes}
     params = {name: make(w) for name, w in starts.items()}
     references = {name: StoredReference(opt, name, w, choice) for name, w in starts.items()}
     for step in range(3):

@@ -60,7 +60,7 @@ for number, (name, case) in enumerate(cases(library).items()):
         return gs.load(path, like=params, rules=RULES, functions=FUNCTIONS)
 
     ways = [made, loaded, landed_late, landed_early]
-    for way in ways if library in IN_PLACE else [ways[number % 4]]:
+    for way in ways[number % 2 :: 2] if library in IN_PLACE else [ways[number % 4]]:
         params = held_tree(library, case.params(99))
         opt = way(params)
         found[f"{name}, {way.__name__}"] = outcome(case, library, opt, params)
@@ -82,7 +82,7 @@ def test_a_new_process_goes_on_bit_for_bit(library: str, tmp_path: Path) -> None
         opt.save(tmp_path / f"{number}.safetensors", params)
         expected[name] = json.loads(json.dumps(outcome(case, library, opt, params)))
     found = answer(RESUME, library, tmp_path)
-    assert len(found) == len(expected) * (4 if library in IN_PLACE else 1)
+    assert len(found) == len(expected) * (2 if library in IN_PLACE else 1)
     wrong = [label for label, ends in found.items() if ends != expected[label.rpartition(", ")[0]]]
     assert not wrong
 
