@@ -111,7 +111,7 @@ class TestTogether:
             call = task
             address = ctypes.cast(task, ctypes.c_void_p).value
 
-        pool.run(Counted, 0, LARGE, TORCH.team)
+        pool.run(Counted, 0, pool.threads_for(LARGE, TORCH.team), TORCH.team)
         assert len(set(idents)) == 3
         assert threading.get_ident() in idents
 

@@ -37,9 +37,9 @@ class OpenMP:
         """See `Team.threads`."""
         return torch.get_num_threads()
 
-    def run(self, task: Task, job: int) -> None:
+    def run(self, task: Task, job: int, threads: int) -> None:
         """See `Team.run`."""
-        self._parallel(task.address, job, self.threads, 0)
+        self._parallel(task.address, job, threads, 0)
 
 
 def find_team() -> OpenMP | None:

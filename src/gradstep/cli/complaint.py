@@ -1,7 +1,9 @@
 """What a command says, in place of a traceback, when it cannot go on."""
 
+import difflib
 import importlib.util
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 
 OUR_PACKAGE = Path(__file__).resolve().parents[1]
@@ -9,6 +11,13 @@ OUR_PACKAGE = Path(__file__).resolve().parents[1]
 
 class Complaint(Exception):  # noqa: N818 (it is caught once, by the command, and printed)
     """One readable message for the person at the terminal; the command ends with exit code 2."""
+
+
+def unknown(option: str, given: str, known: Collection[str], choices: str) -> Complaint:
+    """The complaint that an option names something that there is not, with the nearest that there is."""
+    near = difflib.get_close_matches(given.lower(), known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return Complaint(f"{option}: there is no {given!r}.{hint} Choose from {choices}")
 
 
 def needs_extra(what: str, extra: str, package: str) -> Complaint:

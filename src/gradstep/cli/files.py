@@ -14,6 +14,7 @@ import numpy as np
 
 import gradstep as gs
 from gradstep.cli.complaint import Complaint
+from gradstep.program.threads import available_threads
 
 
 def check_folder(folder: Path, names: Sequence[str]) -> None:
@@ -65,7 +66,7 @@ def made() -> dict[str, object]:
         **({"torch": str(cast("Any", torch).__version__)} if torch else {}),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_threads(),
     }
 
 

@@ -32,8 +32,8 @@ class Team(Protocol):
         """Whether they can be had."""
         ...
 
-    def run(self, task: Task, job: int) -> None:
-        """Run the task on all of them, the caller included, and return when all are done."""
+    def run(self, task: Task, job: int, threads: int) -> None:
+        """Run the task on so many of them, the caller included, and return when all are done."""
         ...
 
 
@@ -117,19 +117,20 @@ class Pool:
             self._threads, self._chosen = count, True
             self._resize(0)
 
-    def threads_with(self, team: Team | None) -> int:
-        """The same for arrays of a library that has threads of its own: as many as those, if nobody has chosen."""
+    def threads_for(self, elements: int, team: Team | None) -> int:
+        """How many threads are worth it; with a team as many as its library uses, if nobody has chosen."""
+        if elements < WORTH_THREADS:
+            return 1
         threads = self.threads
         return threads if team is None or self._chosen else team.threads
 
-    def run(self, task: Task, job: int, elements: int, team: Team | None = None) -> None:
-        """Run the task on every thread that is worth it, and return when all are done.
+    def run(self, task: Task, job: int, threads: int, team: Team | None = None) -> None:
+        """Run the task on so many threads, and return when all are done.
 
         A library's own threads are awake when its operations have just been run, and would take the CPUs from others
         while they wait for more; so they are preferred wherever they are as many as there should be.
         """
-        threads = self.threads_with(team)
-        if elements < WORTH_THREADS or threads == 1:
+        if threads == 1:
             task.call(job)
             return
         # The workers use the caller's memory: an interrupt must not make the caller leave before them.
@@ -137,7 +138,7 @@ class Pool:
             if self._busy.acquire(blocking=False):
                 try:
                     if team is not None and team.ready and team.threads == threads:
-                        team.run(task, job)
+                        team.run(task, job, threads)
                     else:
                         self._run_together(task.call, job, threads - 1)
                 finally:

@@ -79,9 +79,10 @@ class Launch:
     def run(self) -> None:
         """Run the kernel over all chunks, on as many threads as are worth it."""
         self._next[0] = 0
+        threads = pool.threads_for(self._elements, self._team)
         # A thread that goes on where it was is faster than one that leaps over the others' chunks.
-        self._job[GRAIN] = min(max(self._chunks // (GRABS * pool.threads_with(self._team)), 1), RUN)
-        pool.run(self.kernel, self._job_address, self._elements, self._team)
+        self._job[GRAIN] = min(max(self._chunks // (GRABS * threads), 1), RUN)
+        pool.run(self.kernel, self._job_address, threads, self._team)
 
 
 def flat_chunks(sizes: Integers) -> Integers:

@@ -1,6 +1,5 @@
 """What the options ask for, made out before anything is measured; what cannot be had is a complaint."""
 
-import difflib
 import importlib.util
 import math
 from collections.abc import Collection, Sequence
@@ -11,7 +10,7 @@ from gradstep.cli.bench.case import Case
 from gradstep.cli.bench.families import BY_NAME, FAMILIES, Family
 from gradstep.cli.bench.libraries import LIBRARIES
 from gradstep.cli.bench.peers import PEERS, Peer
-from gradstep.cli.complaint import Complaint, needs_extra
+from gradstep.cli.complaint import Complaint, needs_extra, unknown
 
 LARGEST = 10**8
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -74,9 +73,7 @@ def _names(option: str, text: str | None, known: Collection[str]) -> list[str]:
 def _one(option: str, name: str, known: Collection[str]) -> str:
     if name.lower() in known:
         return name.lower()
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise Complaint(f"{option}: there is no {name!r}.{hint} Choose from {', '.join(known)}")
+    raise unknown(option, name, known, ", ".join(known))
 
 
 def _libraries(text: str | None) -> list[str]:

@@ -6,6 +6,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from gradstep.program.threads import available_threads
+
 
 def processor() -> str:
     """The processor's name, as far as the system tells it."""
@@ -13,15 +15,10 @@ def processor() -> str:
     return cpus[0] if cpus else platform.processor() or platform.machine()
 
 
-def cores() -> int | None:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def describe(*packages: str) -> str:
     """The processor, how many cores this process may use, and the versions of everything that takes part."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("gradstep", "numpy", "llvmlite", *packages))
-    return f"{processor()}, {cores()} cores; Python {platform.python_version()}, {versions}"
+    return f"{processor()}, {available_threads()} cores; Python {platform.python_version()}, {versions}"
 
 
 def available_memory() -> int | None:

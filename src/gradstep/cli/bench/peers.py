@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 from gradstep.cli.bench.case import CLIP
-from gradstep.cli.bench.sides import Action, Side, Stage
+from gradstep.cli.bench.sides import Action, Ring, Side, Stage, by_name
 
 RATE = 1e-3
 
@@ -66,10 +65,11 @@ def _torch(peer: Peer, kind: Any, arguments: dict[str, Any], stage: Stage, compi
     parameters = [torch.nn.Parameter(array) for array in stage.params]
     optimizer = kind(parameters, **arguments)
     advance: Callable[[], object] = torch.compile(optimizer.step) if compiled else optimizer.step
-    rings = cycle(stage.rings)
+    grads = Ring(stage.rings)
 
     def prepare() -> None:
-        for parameter, grad in zip(parameters, next(rings), strict=True):
+        grads.turn()
+        for parameter, grad in zip(parameters, grads.now, strict=True):
             parameter.grad = grad
 
     def clip_and_step() -> None:
@@ -86,23 +86,19 @@ def _optax(peer: Peer, kind: Any, arguments: dict[str, Any], stage: Stage) -> Ac
     transformation = kind(**arguments)
     if stage.case.clip:
         transformation = optax.chain(optax.clip_by_global_norm(CLIP), transformation)
-    params, rings = stage.params, cycle(stage.rings)
-    state, grads = transformation.init(params), next(rings)
+    params, grads = stage.params, Ring(stage.rings)
+    state = transformation.init(params)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def advance(params: Any, state: Any, grads: Any) -> Any:
         updates, state = transformation.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def prepare() -> None:
-        nonlocal grads
-        grads = next(rings)
-
     def step() -> None:
         nonlocal params, state
-        params, state = jax.block_until_ready(advance(params, state, grads))
+        params, state = jax.block_until_ready(advance(params, state, grads.now))
 
-    return Action(prepare, step)
+    return Action(grads.turn, step)
 
 
 def _mlx(peer: Peer, kind: Any, arguments: dict[str, Any], stage: Stage) -> Action:
@@ -110,21 +106,16 @@ def _mlx(peer: Peer, kind: Any, arguments: dict[str, Any], stage: Stage) -> Acti
     mx: Any = importlib.import_module("mlx.core")
     optimizers: Any = importlib.import_module("mlx.optimizers")
     optimizer = kind(**arguments)
-    params: Any = {str(place): array for place, array in enumerate(stage.params)}
-    rings = cycle([{str(place): array for place, array in enumerate(ring)} for ring in stage.rings])
-    grads = next(rings)
-
-    def prepare() -> None:
-        nonlocal grads
-        grads = next(rings)
+    params: Any = by_name(stage.params)
+    grads = Ring([by_name(ring) for ring in stage.rings])
 
     def step() -> None:
         nonlocal params
-        taken = optimizers.clip_grad_norm(grads, CLIP)[0] if stage.case.clip else grads
+        taken = optimizers.clip_grad_norm(grads.now, CLIP)[0] if stage.case.clip else grads.now
         params = optimizer.apply_gradients(taken, params)
         mx.eval(params, optimizer.state)
 
-    return Action(prepare, step)
+    return Action(grads.turn, step)
 
 
 def _same(names: str, **rate: float) -> dict[str, tuple[str, dict[str, Any]]]:

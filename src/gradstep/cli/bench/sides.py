@@ -1,6 +1,6 @@
 """The sides of a case: our step, and the limit; both through gradstep's own kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Literal
@@ -20,6 +20,23 @@ class Stage:
     library: Library
     params: list[Any]
     rings: list[list[Any]]
+
+
+class Ring:
+    """Sets of gradients that take turns; `now` is the one whose turn it is."""
+
+    def __init__(self, sets: Sequence[Any]) -> None:
+        self._sets = cycle(sets)
+        self.turn()
+
+    def turn(self) -> None:
+        """The next one's turn has come."""
+        self.now = next(self._sets)
+
+
+def by_name(arrays: Iterable[Any]) -> dict[str, Any]:
+    """Arrays under names, for those who take no lists."""
+    return {str(place): array for place, array in enumerate(arrays)}
 
 
 @dataclass(frozen=True)
@@ -50,19 +67,13 @@ def our_sides(case: Case) -> list[Side]:
 def _through_gradstep(build: Callable[..., gs.Optimizer], stage: Stage) -> Action:
     library = stage.library
     opt = build(**stage.case.options, **library.options)
-    params = {str(place): array for place, array in enumerate(stage.params)}
-    rings = cycle([{str(place): array for place, array in enumerate(ring)} for ring in stage.rings])
-    grads = next(rings)
-
-    def prepare() -> None:
-        nonlocal grads
-        grads = next(rings)
+    params, grads = by_name(stage.params), Ring([by_name(ring) for ring in stage.rings])
 
     def step() -> None:
-        opt.apply_gradients(grads, params)
+        opt.apply_gradients(grads.now, params)
 
     def step_and_wait() -> None:
-        opt.apply_gradients(grads, params)
+        step()
         library.wait([*params.values(), *(slot for slots in opt.state.values() for slot in slots.values())])
 
-    return Action(prepare, step_and_wait if library.waits else step)
+    return Action(grads.turn, step_and_wait if library.waits else step)

@@ -1,6 +1,5 @@
 """Who races: every family with its usual rate, and the rules that a person brings along."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import gradstep as gs
-from gradstep.cli.complaint import Complaint, raised
+from gradstep.cli.complaint import Complaint, raised, unknown
 from gradstep.cli.race.loading import load
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -98,7 +97,7 @@ def choose(names: str | None) -> list[Entrant]:
         if ".py" in spec:
             entrant = _own(spec)
         elif (entrant := known.get(spec.lower())) is None:
-            raise _unknown(spec, known)
+            raise unknown("--optimizers", spec, known, f"{_family_names()}, or file.py:Name")
         if entrant.name in chosen and chosen[entrant.name].spec != entrant.spec:
             entrant = replace(entrant, name=spec)
         chosen[entrant.name] = entrant
@@ -163,12 +162,6 @@ def _usual(build: Callable[..., object]) -> float:
         return USUAL_FOR_A_RULE
     rate = parameters["learning_rate"].default if "learning_rate" in parameters else None
     return float(rate) if isinstance(rate, (int, float)) and rate > 0 else USUAL_FOR_A_RULE
-
-
-def _unknown(spec: str, known: Mapping[str, Entrant]) -> Complaint:
-    near = difflib.get_close_matches(spec.lower(), known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return Complaint(f"--optimizers: there is no {spec!r}.{hint} Choose from {_family_names()}, or file.py:Name")
 
 
 def _family_names() -> str:
