@@ -154,6 +154,36 @@ def test_norms_neither_over_nor_underflow(make: Any, scale: float) -> None:
 
 
 @on_both
+@pytest.mark.parametrize("policy", ["allow", "skip", "raise"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+def test_a_step_clips_gradients_of_every_size(make: Any, scale: float, policy: Any) -> None:
+    opt, params = (
+        gs.SGD(1.0, clip_norm=0.25, nonfinite=policy),
+        {"w": make(np.zeros(4, np.float32)), "b": make(np.zeros(1, np.float32))},
+    )
+    opt.apply_gradients({"w": make(np.full(4, scale, np.float32)), "b": make(np.full(1, scale, np.float32))}, params)
+    assert opt.report.grad_norm == pytest.approx(np.sqrt(5) * scale, rel=1e-6)
+    expected = -scale * min(0.25 / (np.sqrt(5) * scale + 1e-6), 1)
+    np.testing.assert_allclose(np.array(params["w"]), expected, rtol=1e-5)
+
+
+@on_both
+@pytest.mark.parametrize("shape", [(3_000_001,), (1_500_001, 2), (60_000, 50), (3, 1_000_000)])
+def test_norms_of_millions_keep_their_digits(make: Any, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    _, norm = gs.clip_grad_norm({"g": make(values)}, 1.0)
+    assert norm == pytest.approx(np.linalg.norm(values.astype(np.float64)), rel=3e-6)
+
+
+@on_both
+def test_a_finite_gradient_is_no_culprit_however_large(make: Any) -> None:
+    opt, params = gs.SGD(0.1, nonfinite="skip"), {name: make(np.ones(3, np.float32)) for name in "abc"}
+    grads = {"a": np.full(3, 3e38), "b": np.array([0, np.inf, 0]), "c": np.full(3, 1e-30)}
+    opt.apply_gradients({name: make(g.astype(np.float32)) for name, g in grads.items()}, params)
+    assert (opt.report.applied, opt.report.culprits) == (False, ("b",))
+
+
+@on_both
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_raising_on_a_gradient_that_is_not_finite(make: Any, bad: float) -> None:
     opt = gs.SGD(gs.exponential_decay(0.5, 0.5), momentum=0.9, nonfinite="raise")

@@ -12,8 +12,8 @@ from gradstep.errors import OutOfRangeError
 from gradstep.learning_rate import to_float
 from gradstep.program.formats import compute_dtype
 from gradstep.step import forms
-from gradstep.step.functional import look_at
 from gradstep.step.inspection import Inspector, global_norm
+from gradstep.step.look import look_at
 from gradstep.step.match import describe_floats
 from gradstep.step.scalars import clip_scale
 from gradstep.step.small import widened
@@ -58,7 +58,7 @@ def clip_grad_norm(grads: Grads, max_norm: float) -> tuple[Grads, float]:
     else:
         forms.refuse_tracing(library, list(named.values()))
         dtypes = {name: forms.describe_floats(library, x, f"grads[{name!r}]").dtype for name, x in named.items()}
-        look = look_at(library, [{"g": array} for array in named.values()], max_norm)
+        look = look_at(library, list(named.values()), max_norm)
         clipped = {name: _scaled_anew(library, array, look.scale, dtypes[name]) for name, array in named.items()}
         norm = float(library.read(look.norm))
     return cast("Grads", _rebuild(grads, clipped, "")), norm

@@ -329,16 +329,16 @@ class Optimizer(Persistent, Options, ABC):
         """Take the step by putting new arrays where the old ones were."""
         entries = entries_of(params, plan.names)
         totals = intake.totals(plan.names)
-        look = plan.look(gradients, totals, self._clip_norm, scales) if self._inspects else None
-        if look and self._nonfinite == "raise":
+        look = plan.look(gradients, totals, self._clip_norm, scales) if self._nonfinite == "raise" else None
+        if look:
             norm, culprits = plan.read(look)
             if not math.isfinite(norm):
                 raise _nonfinite_error(culprits)
         plan.fill(scales)
-        outcome = Outcome(plan.library, look.finite) if look and self._nonfinite == "skip" else None
         rate = self._coming_rate()
         with InterruptsHeld():  # from here on old arrays may have been donated
-            new_parameters, new_slots = plan.run(parameters, gradients, totals, look)
+            new_parameters, new_slots, look = plan.run(parameters, gradients, totals, look, self._clip_norm, scales)
+            outcome = Outcome(plan.library, look.finite) if look and self._nonfinite == "skip" else None
             for (container, key), array in zip(entries, new_parameters, strict=True):
                 container[key] = array
             plan.advance(new_slots, outcome)
@@ -392,7 +392,7 @@ class Optimizer(Persistent, Options, ABC):
 
     def _plan_key(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> "PlanKey":
         epochs = [leaf.epoch for leaf in self._leaves()]
-        options = intake.scaled, self._clip_norm is not None, self._nonfinite == "skip", self._donate
+        options = intake.scaled, self._clip_norm is not None, self._nonfinite, self._donate
         return PlanKey(list(named), list(wanted), options, self._frozen, epochs, intake.readings(list(wanted)))
 
     def _plan_anew(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> "Planned":
@@ -402,7 +402,7 @@ class Optimizer(Persistent, Options, ABC):
         wanted = thawed(wanted, self._frozen)
         library = recognise(params=chosen, grads=wanted)
         intake.check(library, chosen)
-        _, clipped, skipping, donating = key.options
+        _, clipped, nonfinite, donating = key.options
         kept: dict[str, Any] = {}
         if library.in_place is True:
             from gradstep.step.overlap import refuse_overlap
@@ -418,7 +418,7 @@ class Optimizer(Persistent, Options, ABC):
             refuse_shared(named, chosen)
             plan = FunctionalPlan(
                 library, self._assign_known(chosen), chosen, wanted, intake,
-                clipped=clipped, skipping=skipping, donating=donating,
+                clipped=clipped, nonfinite=nonfinite, donating=donating,
             )  # fmt: skip
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
         if not named.keys() <= self._known_names:
@@ -515,7 +515,7 @@ class PlanKey(NamedTuple):
 
     parameters: list[str]
     gradients: list[str]
-    options: tuple[bool, bool, bool, bool]  # scaling, clipping, skipping, donating
+    options: tuple[bool, bool, str, bool]  # scaling, clipping, nonfinite, donating
     frozen: tuple[str, ...]
     epochs: list[int]
     readings: list[Reading]

@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from gradstep.arrays.library import Form
+from gradstep.arrays.library import Choice, Form
 from gradstep.arrays.memory import bits_dtype
 from gradstep.errors import DtypeError
 from gradstep.program.formats import BYTES, EXPECTED
@@ -22,6 +22,11 @@ class Jax:
     name = "JAX"
     in_place: Literal[False] = False
     adapter = "optax"
+
+    @property
+    def choose(self) -> Choice:
+        """See `FunctionalLibrary.choose`."""
+        return cast("Choice", jax.lax.cond)
 
     def call(self, name: str, *args: Any) -> Any:
         """See `Operations.call`."""
@@ -64,6 +69,10 @@ class Jax:
     def is_tracing(self, arrays: list[Any]) -> bool:
         """See `FunctionalLibrary.is_tracing`."""
         return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+    def marks(self, arrays: list[Any]) -> list[Any]:
+        """See `FunctionalLibrary.marks`. Tracers have types of their own."""
+        return [(type(a), getattr(a, "aval", None), getattr(a, "sharding", None)) for a in arrays]
 
     def devices(self, form: Form) -> object:
         """See `FunctionalLibrary.devices`."""
@@ -114,17 +123,17 @@ class Jax:
         """See `FunctionalLibrary.pad`."""
         return jnp.pad(x, ((0, 0), (0, extra)))
 
+    def apart(self, x: Any) -> Any:
+        """See `FunctionalLibrary.apart`. XLA decides by itself."""
+        return x
+
     def largest(self, x: Any) -> Any:
         """See `FunctionalLibrary.largest`."""
-        return jnp.max(x, initial=0)
+        return jnp.max(jnp.abs(x), initial=0)
 
     def total(self, x: Any) -> Any:
         """See `FunctionalLibrary.total`."""
         return _sum(x, None)
-
-    def all_finite(self, x: Any) -> Any:
-        """See `FunctionalLibrary.all_finite`."""
-        return jnp.isfinite(x).all()
 
     def stack(self, values: list[Any]) -> Any:
         """See `FunctionalLibrary.stack`."""

@@ -99,6 +99,10 @@ class MemoryLibrary(Operations, Protocol):
         ...
 
 
+Choice: TypeAlias = Callable[[Any, Callable[[], Any], Callable[[], Any]], Any]
+"""What the first of two functions gives where a condition holds, else what the second does."""
+
+
 class Form(NamedTuple):
     """What must agree between an array that never changes, its gradient and its slots."""
 
@@ -114,6 +118,11 @@ class FunctionalLibrary(Operations, Protocol):
     adapter: str
     """The module of gradstep that works inside of transformations."""
 
+    @property
+    def choose(self) -> Choice | None:
+        """Chooses between two functions within a compiled one; None where both of them would be computed."""
+        ...
+
     def describe(self, array: Any, what: str) -> Form:
         """The array's form; an error that begins with `what` for one that cannot take part."""
         ...
@@ -124,6 +133,10 @@ class FunctionalLibrary(Operations, Protocol):
 
     def is_tracing(self, arrays: list[Any]) -> bool:
         """Whether arrays stand for values inside a transformation, wherever that can be noticed."""
+        ...
+
+    def marks(self, arrays: list[Any]) -> list[Any]:
+        """Equal for arrays that one compiled function takes, and that are no stand-ins as in `is_tracing`."""
         ...
 
     def devices(self, form: Form) -> object:
@@ -174,16 +187,16 @@ class FunctionalLibrary(Operations, Protocol):
         """See `WordOperations.pad`."""
         ...
 
+    def apart(self, x: Any) -> Any:
+        """Within a compiled function: `x`, computed by itself and not within the loops that read it."""
+        ...
+
     def largest(self, x: Any) -> Any:
-        """The largest element; 0 for an empty array."""
+        """The largest absolute value, NaN if there is one; 0 for an empty array."""
         ...
 
     def total(self, x: Any) -> Any:
         """The sum of all elements."""
-        ...
-
-    def all_finite(self, x: Any) -> Any:
-        """Whether no element is NaN or infinite."""
         ...
 
     def stack(self, values: list[Any]) -> Any:

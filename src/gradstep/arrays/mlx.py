@@ -13,6 +13,9 @@ from gradstep.program.newton_schulz import orthogonalized
 
 mx: Any = importlib.import_module("mlx.core")
 
+SHORT = 1 << 16  # elements from which on rows are reduced first
+FEW, MANY = 16, 1 << 13  # rows of an array that are reduced as they are
+
 
 class Mlx:
     """Arrays of MLX: a step runs under `mx.compile`, as lazily as everything else there."""
@@ -29,6 +32,10 @@ class Mlx:
         self._looks += 1
         return mx.array(0)
 
+    @property
+    def choose(self) -> None:
+        """See `FunctionalLibrary.choose`."""
+
     def call(self, name: str, *args: Any) -> Any:
         """See `Operations.call`."""
         result = getattr(mx, name)(*args)
@@ -36,9 +43,11 @@ class Mlx:
 
     def mean(self, x: Any, axis: int | None) -> Any:
         """See `Operations.mean`."""
+        if axis is None:
+            return self.total(x) / max(x.size, 1)
         if not x.size:
-            return mx.zeros((), x.dtype) if axis is None else mx.zeros(_reduced(x.shape, axis), x.dtype)
-        return mx.sum(x, axis=axis, keepdims=axis is not None) / (x.size if axis is None else x.shape[axis])
+            return mx.zeros(_reduced(x.shape, axis), x.dtype)
+        return mx.sum(x, axis=axis, keepdims=True) / x.shape[axis]
 
     def rms(self, x: Any) -> Any:
         """See `Operations.rms`."""
@@ -77,6 +86,11 @@ class Mlx:
         before = self._looks
         self._look(*arrays)
         return self._looks != before
+
+    def marks(self, arrays: list[Any]) -> list[Any]:
+        """See `FunctionalLibrary.marks`."""
+        kinds: list[Any] = [(type(a), getattr(a, "shape", None), getattr(a, "dtype", None)) for a in arrays]
+        return [*kinds, {mx.array} >= set(map(type, arrays)) and self.is_tracing(arrays)]
 
     def devices(self, form: Form) -> object:
         """See `FunctionalLibrary.devices`. Memory is shared between devices."""
@@ -127,17 +141,18 @@ class Mlx:
         """See `FunctionalLibrary.pad`."""
         return mx.pad(x, ((0, 0), (0, extra)))
 
+    def apart(self, x: Any) -> Any:
+        """See `FunctionalLibrary.apart`. MLX would compute it anew for every element that it meets."""
+        return mx.contiguous(x)
+
     def largest(self, x: Any) -> Any:
         """See `FunctionalLibrary.largest`."""
-        return mx.max(x) if x.size else mx.zeros((), x.dtype)
+        return _folded(mx.max, mx.abs(x)) if x.size else mx.zeros((), x.dtype)
 
     def total(self, x: Any) -> Any:
         """See `FunctionalLibrary.total`."""
-        return mx.sum(x) if x.size else mx.zeros((), x.dtype)  # MLX may not come back from reducing nothing
-
-    def all_finite(self, x: Any) -> Any:
-        """See `FunctionalLibrary.all_finite`."""
-        return mx.all(mx.isfinite(x)) if x.size else mx.array(True)
+        # MLX may not come back from reducing nothing
+        return _folded(mx.sum, x) if x.size else mx.zeros((), x.dtype)
 
     def stack(self, values: list[Any]) -> Any:
         """See `FunctionalLibrary.stack`."""
@@ -165,6 +180,22 @@ class Mlx:
         if form.dtype in NARROW:
             return mx.array(bits).view(_dtype(form.dtype))
         return mx.array(bits, mx.float64) if form.dtype == "float64" else mx.array(bits)
+
+
+def _folded(reduce: Callable[..., Any], x: Any) -> Any:
+    """All elements reduced to one, rows before the rest: three times as fast as one after the other.
+
+    Sums of millions of elements also lose half of their digits when they are formed one after the other.
+    """
+    if x.size < SHORT:
+        return reduce(x)
+    width = x.shape[-1]
+    if FEW <= x.size // width <= MANY and width >= FEW:
+        return reduce(reduce(x.reshape(-1, width), axis=0))
+    width = 1 << (x.size.bit_length() // 2)
+    flat, whole = x.reshape(-1), x.size // width * width
+    folded = reduce(reduce(flat[:whole].reshape(-1, width), axis=0))
+    return reduce(mx.stack([folded, reduce(flat[whole:])])) if whole < x.size else folded
 
 
 def _reduced(shape: tuple[int, ...], axis: int) -> list[int]:

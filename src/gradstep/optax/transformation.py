@@ -14,8 +14,9 @@ from gradstep.program.device_schedules import schedule_on_device
 from gradstep.program.graph import Kind, Reading, reachable
 from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
-from gradstep.step.functional import inspect_gradients
 from gradstep.step.leaf import Leaf
+from gradstep.step.look import Look, look, looking_dtype, told
+from gradstep.step.scalars import Scales
 from gradstep.step.storage import slot_shape
 from gradstep.storage_options import STORAGE_DEFAULTS
 from gradstep.tree import name_of_path
@@ -116,7 +117,7 @@ class _Transformation:
         gradients = structure.flatten_up_to(updates)
         rows = {slot: structure.flatten_up_to(tree) for slot, tree in state.slots.items()}
         seen = [g for g, owner in zip(gradients, owners, strict=True) if owner]
-        look = inspect_gradients(JAX, seen, self._optimizer.clip_norm) if self._looks and seen else None
+        found = self._look(seen) if self._looks and seen else None
         results: list[tuple[Any, dict[str, Any]]] = []
         for i, (w, g, owner) in enumerate(zip(arrays, gradients, owners, strict=True)):
             if owner is None:
@@ -127,9 +128,9 @@ class _Transformation:
             if params is None:
                 _check_independence(program)
                 w = jnp.zeros_like(w)
-            known = _hyperparameters(owner, state.count) | {"grad_scale": look.scale if look else 1.0}
+            known = _hyperparameters(owner, state.count) | {"grad_scale": found.scale if found else 1.0}
             results.append(_update(program, w, g, old, known))
-        taken = look.finite if look and self._optimizer.nonfinite == "skip" else True
+        taken = found.finite if found and self._optimizer.nonfinite == "skip" else True
         if taken is not True:
             results = [
                 (jnp.where(taken, u, 0), {slot: jnp.where(taken, new[slot], rows[slot][i]) for slot in new})
@@ -138,6 +139,10 @@ class _Transformation:
         count = jnp.where(taken, optax.safe_increment(state.count), state.count)
         new_slots = self._columns(structure, [new for _, new in results])
         return structure.unflatten([u for u, _ in results]), RuleState(count, new_slots)
+
+    def _look(self, gradients: list[Any]) -> Look:
+        facts = told(JAX, self._optimizer.clip_norm, Scales(), looking_dtype(gradients))
+        return look(JAX, [Reading.PLAIN] * len(gradients), gradients, [], facts)
 
     @property
     def _looks(self) -> bool:

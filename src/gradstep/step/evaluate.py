@@ -39,7 +39,8 @@ class Evaluation:
 
     def __getitem__(self, symbol: Symbol) -> Any:
         if symbol.index not in self._values:
-            self._values[symbol.index] = self._compute(symbol)
+            value = self._compute(symbol)
+            self._values[symbol.index] = self._library.apart(value) if _is_apart(symbol) else value
         return self._values[symbol.index]
 
     def _compute(self, symbol: Symbol) -> Any:
@@ -48,6 +49,8 @@ class Evaluation:
         if symbol.op == "constant":
             return symbol.attribute if symbol.boolean else self._library.number(symbol.attribute, self._dtype)
         args = [self[arg] for arg in symbol.args]
+        if _is_spread(symbol):
+            args = [self._library.apart(arg) for arg in args]
         if symbol.op in OPERATORS:
             return OPERATORS[symbol.op](*args)
         if symbol.op == "mean":
@@ -60,6 +63,17 @@ class Evaluation:
         if symbol.op == "where" and symbol.args[0].kind is Kind.HOST:
             args[0] = args[0] != 0  # a condition on scalars arrives as 0 or 1
         return self._library.call(symbol.op, *args)
+
+
+def _is_apart(symbol: Symbol) -> bool:
+    """Whether a value is computed once and not within the loops over the elements that it meets."""
+    small = Kind.WHOLE <= symbol.kind < Kind.FULL
+    return _is_spread(symbol) or (small and symbol.op not in ("array", "constant"))
+
+
+def _is_spread(symbol: Symbol) -> bool:
+    """Whether values of rows or columns meet others than of their own kind here."""
+    return symbol.kind is Kind.FULL and any(Kind.LEAD <= arg.kind < Kind.FULL for arg in symbol.args)
 
 
 def _spread(array: Any, kind: Kind) -> Any:
