@@ -8,7 +8,6 @@ commit, both sides run on the same inputs. Needs valgrind, on x86-64.
 
 import argparse
 import ctypes
-import os
 import re
 import subprocess
 import sys
@@ -17,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trees import ROOT, checked_out, environment
+
 STEPS = 20
 LIBRARIES = ("numpy", "torch")
-ROOT = Path(__file__).parents[1]
 
 # A request to valgrind: instructions that do nothing elsewhere, with the address of six words in a register.
 REQUEST = """
@@ -118,8 +118,7 @@ def instructions(source: Path, case: str, library: str) -> float:
             "valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out",
             sys.executable, __file__, "--count", case, library,
         ]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(source / "src"), "PYTHONHASHSEED": "0"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=environment(source), capture_output=True, text=True, check=True)
     collected = re.search(r"Collected : (\d+)", done.stderr)
     number = re.search(r"steps: (\d+)", done.stdout)
     if collected is None or number is None:
@@ -137,29 +136,21 @@ def main() -> None:
     if options.count:
         count_here(*options.count)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        other = Path(folder) / "other"
-        if options.against:
-            subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", other, options.against], check=True)
-        try:
-            print("thousands of instructions in a step")
-            print(
-                f"{'case':44}{'work tree':>12}" + (f"{options.against[:10]:>12}{'ratio':>8}" if options.against else "")
-            )
-            for library in LIBRARIES:
-                for case in CASES:
-                    name = f"{library}, {case}"
-                    if options.only and not all(word in name for word in options.only):
-                        continue
-                    ours = instructions(ROOT, case, library)
-                    line = f"{name:44}{ours:12,.1f}"
-                    if options.against:
-                        theirs = instructions(other, case, library)
-                        line += f"{theirs:12,.1f}{ours / theirs:8.3f}"
-                    print(line, flush=True)
-        finally:
-            if options.against:
-                subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", other], check=True)
+    commit = options.against
+    with checked_out(commit) as other:
+        print("thousands of instructions in a step")
+        print(f"{'case':44}{'work tree':>12}" + (f"{commit[:10]:>12}{'ratio':>8}" if commit else ""))
+        for library in LIBRARIES:
+            for case in CASES:
+                name = f"{library}, {case}"
+                if options.only and not all(word in name for word in options.only):
+                    continue
+                ours = instructions(ROOT, case, library)
+                line = f"{name:44}{ours:12,.1f}"
+                if other:
+                    theirs = instructions(other, case, library)
+                    line += f"{theirs:12,.1f}{ours / theirs:8.3f}"
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
