@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from gradstep.arrays.library import Choice, Form
+from gradstep.arrays.library import Choice, Form, Lender
 from gradstep.arrays.memory import bits_dtype
 from gradstep.errors import DtypeError
 from gradstep.program.formats import BYTES, EXPECTED
@@ -22,6 +23,11 @@ class Jax:
     name = "JAX"
     in_place: Literal[False] = False
     adapter = "optax"
+
+    @property
+    def lender(self) -> Lender:
+        """See `FunctionalLibrary.lender`."""
+        return _lender()
 
     @property
     def choose(self) -> Choice:
@@ -72,7 +78,10 @@ class Jax:
 
     def marks(self, arrays: list[Any]) -> list[Any]:
         """See `FunctionalLibrary.marks`. Tracers have types of their own."""
-        return [(type(a), getattr(a, "aval", None), getattr(a, "sharding", None)) for a in arrays]
+        return [
+            (type(a), getattr(a, "aval", None), getattr(a, "sharding", None), getattr(a, "_pjrt_layout", None))
+            for a in arrays
+        ]
 
     def devices(self, form: Form) -> object:
         """See `FunctionalLibrary.devices`."""
@@ -161,6 +170,13 @@ class Jax:
         """See `FunctionalLibrary.from_bits`."""
         values = bits.view(jnp.dtype(form.dtype))
         return jnp.array(values) if form.place is None else jax.device_put(values, form.place, may_alias=False)
+
+
+@cache
+def _lender() -> Lender:
+    from gradstep.arrays.jax_lending import JaxLender
+
+    return JaxLender()
 
 
 def _sum(x: Any, axis: int | None) -> Any:

@@ -99,6 +99,30 @@ class MemoryLibrary(Operations, Protocol):
         ...
 
 
+class Lender(Protocol):
+    """Who gives up the memory of arrays for new ones."""
+
+    def can_lend(self, written: list[Any], read: list[Any]) -> bool:
+        """Whether the memory of `written` can be had, and `read` be read where it lies."""
+        ...
+
+    def wait(self, arrays: list[Any]) -> None:
+        """Return when the arrays have been computed."""
+        ...
+
+    def addresses(self, arrays: list[Any]) -> list[int]:
+        """Where the arrays lie."""
+        ...
+
+    def view(self, array: Any) -> np.ndarray[Any, Any]:
+        """The array's memory, which the view does not keep alive."""
+        ...
+
+    def renew(self, arrays: list[Any]) -> list[Any]:
+        """New arrays with the same elements, which nobody else has; the old ones become invalid."""
+        ...
+
+
 Choice: TypeAlias = Callable[[Any, Callable[[], Any], Callable[[], Any]], Any]
 """What the first of two functions gives where a condition holds, else what the second does."""
 
@@ -117,6 +141,11 @@ class FunctionalLibrary(Operations, Protocol):
     in_place: Literal[False]
     adapter: str
     """The module of gradstep that works inside of transformations."""
+
+    @property
+    def lender(self) -> Lender | None:
+        """Gives up the memory of arrays; None where that cannot be had."""
+        ...
 
     @property
     def choose(self) -> Choice | None:

@@ -33,6 +33,10 @@ class Mlx:
         return mx.array(0)
 
     @property
+    def lender(self) -> None:
+        """See `FunctionalLibrary.lender`. Nobody knows who else holds an array."""
+
+    @property
     def choose(self) -> None:
         """See `FunctionalLibrary.choose`."""
 

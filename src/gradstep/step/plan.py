@@ -23,11 +23,16 @@ from gradstep.step.small import widened
 class Share:
     """The gradients that one optimizer takes in this step."""
 
-    def __init__(self, leaf: Leaf, names: list[str]) -> None:
+    def __init__(self, leaf: Leaf, names: list[str], slots: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self.leaf, self.names = leaf, names
+        self._slots = slots  # where they are not the optimizer's own arrays
         self.matches: list[Match] = []
         self._rows = leaf.reserve(names)
         self.published = False  # whether the slots are the optimizer's already
+
+    def slots_of(self, name: str) -> Mapping[str, Any]:
+        """The slots that a parameter has so far."""
+        return self.leaf.slots_of(name) if self._slots is None else self._slots[name]
 
     def stage(self) -> State:
         """The optimizer's state after the step, not yet adopted."""
@@ -60,7 +65,7 @@ class Plan:
                 match(
                     library, name, params[name], grads[name],
                     share.leaf.program(name, params[name].ndim, intake.reading(name)), share.leaf.storage,
-                    share.leaf.slots_of(name), intake.reading(name), intake.total(name),
+                    share.slots_of(name), intake.reading(name), intake.total(name),
                 )
                 for name in share.names
             ]  # fmt: skip

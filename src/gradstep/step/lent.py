@@ -1,0 +1,159 @@
+"""A step for arrays that never change, taken in memory that their owner gives up for it."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, overload
+
+import numpy as np
+
+from gradstep.arrays.library import Lender
+from gradstep.arrays.numpy import NUMPY
+from gradstep.errors import AliasedParametersError
+from gradstep.program.arithmetic import IeeeArithmetic
+from gradstep.step.intake import Intake
+from gradstep.step.look import Look
+from gradstep.step.plan import Plan, Share
+from gradstep.step.scalars import Scales
+from gradstep.step.share import FunctionalShare, Slots
+
+
+class LentStep:
+    """The step of NumPy, on memory that is another library's.
+
+    All that writes nothing runs while the old arrays still have their memory. Then the library makes new arrays on
+    it, which nobody has seen yet, and these are written.
+
+    Args:
+        lender: whose arrays they are.
+        shares: what each optimizer takes.
+        params, grads: arrays by name.
+        intake: how the gradients come in.
+        clipped: whether gradients are clipped by their norm.
+        nonfinite: what is done about gradients that are not finite.
+    """
+
+    def __init__(
+        self,
+        lender: Lender,
+        shares: Sequence[FunctionalShare],
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        intake: Intake,
+        *,
+        clipped: bool,
+        nonfinite: str,
+    ) -> None:
+        self._lender, self._shares, self._intake = lender, shares, intake
+        self._clipped, self._nonfinite = clipped, nonfinite
+        names = [name for share in shares for name in share.names]
+        slots = [row for share in shares for row in share.slots()]
+        parameters, gradients = [params[name] for name in names], [grads[name] for name in names]
+        lender.wait([*parameters, *gradients])
+        self._plan = self._make_plan(parameters, slots, gradients)
+
+    def _make_plan(self, parameters: list[Any], slots: list[Slots], gradients: list[Any]) -> Plan:
+        view = self._lender.view
+        names = [name for share in self._shares for name in share.names]
+        params, grads = (dict(zip(names, map(view, arrays), strict=True)) for arrays in (parameters, gradients))
+        state = {
+            name: {slot: view(array) for slot, array in row.items()} for name, row in zip(names, slots, strict=True)
+        }
+        shares = [Share(share.leaf, share.names, state) for share in self._shares]
+        self._places = self._lender.addresses([*parameters, *_arrays(slots)])
+        self._read = self._lender.addresses(gradients)
+        with _offering_copies():
+            return Plan(NUMPY, shares, params, grads, self._intake)
+
+    def check(self, scales: Scales) -> None:
+        """See `Plan.check`."""
+        self._plan.check(scales)
+
+    def look(self, gradients: list[Any], totals: list[Any], max_norm: float | None, scales: Scales) -> Look:
+        """What there is to know about the gradients before a step."""
+        self._lender.wait(gradients)
+        self._find_gradients(gradients)
+        return self._look(gradients, scales)
+
+    def _look(self, gradients: list[Any], scales: Scales) -> Look:
+        with IeeeArithmetic():
+            found = self._plan.inspect(_Views(self._lender.view, gradients), scales)
+        each_finite = np.ones(len(gradients), bool)
+        each_finite[found.culprits] = False
+        return Look(found.norm, np.isfinite(found.norm), None, each_finite)
+
+    def fill(self, scales: Scales) -> None:
+        """The tables are filled when the step is prepared."""
+
+    def run(
+        self, parameters: list[Any], slots: list[Slots], gradients: list[Any], totals: list[Any], found: Look | None,
+        max_norm: float | None, scales: Scales,
+    ) -> tuple[list[Any], list[Slots], Look | None]:  # fmt: skip
+        """The new parameters, their new slots, and what was found in the gradients."""
+        written = [*parameters, *_arrays(slots)]
+        self._lender.wait([*written, *gradients])
+        if self._lender.addresses(written) == self._places:
+            self._find_gradients(gradients)
+        else:
+            self._plan = self._make_plan(parameters, slots, gradients)
+        if found is None and (self._clipped or self._nonfinite == "skip"):
+            found = self._look(gradients, scales)
+        if found and self._nonfinite == "skip" and not found.finite:
+            return parameters, slots, found
+        if found and self._clipped and max_norm is not None:
+            scales = scales.clipped(found.norm, max_norm)
+        self._prepare(scales)
+        written = self._lender.renew(written)
+        rest = iter(written)
+        parameters = [next(rest) for _ in parameters]
+        slots = [dict(zip(row, rest, strict=False)) for row in slots]
+        if self._lender.addresses(written) != self._places:
+            # Where somebody else has a share in the memory, the library has copied it.
+            self._plan = self._make_plan(parameters, slots, gradients)
+            self._prepare(scales)
+        self._plan.commit(())
+        return parameters, slots, found
+
+    def _prepare(self, scales: Scales) -> None:
+        with IeeeArithmetic():
+            self._plan.prepare(scales)
+
+    def _find_gradients(self, gradients: list[Any]) -> None:
+        addresses = self._lender.addresses(gradients)
+        if addresses != self._read:
+            with _offering_copies():
+                self._plan.move_gradients(np.array(addresses, np.int64))
+            self._read = addresses
+
+    def advance(self) -> None:
+        """The plan has counted its step when it committed it."""
+
+
+@contextmanager
+def _offering_copies() -> Generator[None]:
+    try:
+        yield
+    except AliasedParametersError as error:
+        raise AliasedParametersError(f"{error}; or pass donate=False") from None
+
+
+class _Views(Sequence[Any]):
+    """Views of arrays, made when they are asked for."""
+
+    def __init__(self, view: Callable[[Any], Any], arrays: Sequence[Any]) -> None:
+        self._view, self._arrays = view, arrays
+
+    @overload
+    def __getitem__(self, place: int) -> Any: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Any]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return _Views(self._view, self._arrays[place])
+        return self._view(self._arrays[place])
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def _arrays(slots: Sequence[Slots]) -> list[Any]:
+    return [array for row in slots for array in row.values()]
