@@ -1,5 +1,6 @@
 """A program run on the operations of an array library, one after the other."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,9 @@ from gradstep.arrays.library import FunctionalLibrary
 from gradstep.program.graph import REDUCTIONS, Kind, Symbol
 from gradstep.program.operators import OPERATORS
 from gradstep.program.program import Program
+
+
+LARGE = 1 << 12  # elements from which on it pays to keep small values out of the loops over them
 
 
 class Evaluation:
@@ -30,6 +34,7 @@ class Evaluation:
     ) -> None:
         self._library, self._program, self._dtype = library, program, dtype
         self._arrays, self._values = arrays, dict(scalars)
+        self._apart = library.apart if math.prod(arrays["w"].shape) >= LARGE else _unchanged
 
     def outputs(self) -> dict[str, Any]:
         """The new value of `w` and of each slot, in the shapes in which they are stored."""
@@ -40,7 +45,7 @@ class Evaluation:
     def __getitem__(self, symbol: Symbol) -> Any:
         if symbol.index not in self._values:
             value = self._compute(symbol)
-            self._values[symbol.index] = self._library.apart(value) if _is_apart(symbol) else value
+            self._values[symbol.index] = self._apart(value) if _is_apart(symbol) else value
         return self._values[symbol.index]
 
     def _compute(self, symbol: Symbol) -> Any:
@@ -50,7 +55,7 @@ class Evaluation:
             return symbol.attribute if symbol.boolean else self._library.number(symbol.attribute, self._dtype)
         args = [self[arg] for arg in symbol.args]
         if _is_spread(symbol):
-            args = [self._library.apart(arg) for arg in args]
+            args = [self._apart(arg) for arg in args]
         if symbol.op in OPERATORS:
             return OPERATORS[symbol.op](*args)
         if symbol.op == "mean":
@@ -63,6 +68,10 @@ class Evaluation:
         if symbol.op == "where" and symbol.args[0].kind is Kind.HOST:
             args[0] = args[0] != 0  # a condition on scalars arrives as 0 or 1
         return self._library.call(symbol.op, *args)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
 
 
 def _is_apart(symbol: Symbol) -> bool:
