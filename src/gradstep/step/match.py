@@ -153,5 +153,5 @@ def _check_slot(library: MemoryLibrary, name: str, part: Part, array: Any, param
             f"{what} has dtype {memory.dtype}, but params[{name!r}] now has {parameter}, which needs {part.dtype}; "
             f"{remedy}"
         )
-    if part.kind is Kind.LEAD and element_strides(memory) != strides_in_order(part.shape, range(len(part.shape))):
+    if part.kind is not Kind.FULL and element_strides(memory) != strides_in_order(part.shape, range(len(part.shape))):
         raise ArgumentTypeError(f"{what} is not contiguous any more; {remedy}")
