@@ -13,7 +13,8 @@ from gradstep.program.program import Program, Sweep, dense_places, place_of, sma
 from gradstep.program.values import TYPES, Values, vector
 
 ROWS = 64
-GROUP = 4  # rows that are gone through together, so that sums of columns are loaded and stored once for all of them
+GROUP = 4  # rows that are gone through together where there are sums: those of columns are loaded and stored once
+SOON = 64  # elements after which the next rows are fetched
 SHORT = 4  # elements at once at the end of a row
 
 
@@ -25,7 +26,9 @@ def emit(program: Program, sweep: Sweep, dtype: str, formats: Mapping[str, Forma
 class _Row(NamedTuple):
     """One of the rows that are gone through together.
 
-    `offset` is how many elements after the first row it begins, `known` the values that are the same in all of it.
+    Attributes:
+        offset: how many elements after the first row it begins.
+        known: the values that are the same in all of it.
     """
 
     offset: str | None
@@ -49,7 +52,7 @@ class _Emitter(Frame):
         self.totals = [r for r in sweep.reductions if r.kind is Kind.WHOLE]
         self.row_sums = [r for r in sweep.reductions if r.kind is Kind.ROW]
         self.column_sums = [r for r in sweep.reductions if r.kind is Kind.COLUMN]
-        self.group = GROUP if in_rows and self.column_sums else 1
+        self.group = GROUP if in_rows and sweep.reductions else 1
 
     @property
     def lane_sums(self) -> dict[int, int]:
@@ -152,7 +155,7 @@ class _Emitter(Frame):
 
         `shifts` leads from an element's index to that of its column's values, and of its column's sums.
         """
-        position = partial(self._position, rows, shifts)
+        position = partial(self._position, rows, end, shifts)
         if not self.arrays.coded:
             self.loop(prefix, start, end, position)
             return
@@ -178,7 +181,9 @@ class _Emitter(Frame):
         code.do(f"br i1 {whole}, label %{prefix}quantum, label %{prefix}quanta.end")
         code.label(f"{prefix}quanta.end")
 
-    def _position(self, rows: Sequence[_Row], shifts: Mapping[Kind, str], index: str, lanes: int, lane: str) -> None:
+    def _position(
+        self, rows: Sequence[_Row], end: str, shifts: Mapping[Kind, str], index: str, lanes: int, lane: str
+    ) -> None:
         """Load, compute, sum and store at one position of each row; all loads come before all stores."""
         code = self.code
         columns: dict[int, str] = {}
@@ -187,15 +192,16 @@ class _Emitter(Frame):
                 at = code.let(f"add i64 {index}, {shifts[source.kind]}")
                 columns[source.index] = self.arrays.read(place_of(source), at, lanes)
         places = [code.let(f"add i64 {index}, {row.offset}") if row.offset else index for row in rows]
+        skip = self._skip(rows, end, index) if lanes == self.lanes else None
         values = [
-            Values(code, self.dtype, lanes, {**row.known[lanes], **columns, **self._load(place, lanes)})
+            Values(code, self.dtype, lanes, {**row.known[lanes], **columns, **self._load(place, lanes, skip)})
             for row, place in zip(rows, places, strict=True)
         ]
         for symbol in self.sweep.body:
             for of_row in values:
                 _ = of_row[symbol]
         for reduction in self.sweep.reductions:
-            terms = [of_row[reduction.args[0]] for of_row in values]
+            terms = [of_row[_summed(reduction)[0]] for of_row in values]
             if reduction.kind is Kind.COLUMN:
                 at = code.let(f"add i64 {index}, {shifts[Kind.FULL]}")
                 self._add(reduction, terms, self.arrays.address(sum_operand(reduction).place, at, sums=True), lanes)
@@ -208,12 +214,21 @@ class _Emitter(Frame):
             for place, of_row in zip(places, values, strict=True):
                 self.arrays.store(store.place, place, of_row[store.value], lanes)
 
-    def _load(self, index: str, lanes: int) -> dict[int, str]:
+    def _skip(self, rows: Sequence[_Row], end: str, index: str) -> str | None:
+        """How far what will be read soon is away from where it would be if the next row were not read already."""
+        if len(rows) == 1:
+            return None
+        code = self.code
+        over = code.let(f"icmp sge i64 {code.let(f'add i64 {index}, {SOON}')}, {end}")
+        return code.let(f"select i1 {over}, i64 {rows[-1].offset}, i64 0")
+
+    def _load(self, index: str, lanes: int, skip: str | None) -> dict[int, str]:
         known: dict[int, str] = {}
         for source in self.sweep.inputs:
             if source.kind is Kind.FULL:
                 if lanes == self.lanes:
-                    self.arrays.prefetch(place_of(source), index, lanes)
+                    at = self.code.let(f"add i64 {index}, {skip}") if skip else index
+                    self.arrays.prefetch(place_of(source), at, lanes)
                 known[source.index] = self.arrays.load(place_of(source), index, lanes)
         return known
 
@@ -225,7 +240,7 @@ class _Emitter(Frame):
             wide = term
             if self.dtype != "float64":
                 wide = code.let(f"fpext {vector(TYPES[self.dtype], lanes)} {term} to {kind}")
-            if reduction.op == "mean":
+            if not _summed(reduction)[1]:
                 total = code.let(f"fadd {kind} {total}, {wide}")
             elif self.dtype == "float64":
                 total = code.let(f"fadd {kind} {total}, {code.let(f'fmul {kind} {wide}, {wide}')}")
@@ -255,3 +270,14 @@ class _Emitter(Frame):
         for source in small_inputs(self.sweep):
             if source.kind is kind:
                 self.know(source, self.arrays.read(place_of(source), index, 1))
+
+
+def _summed(reduction: Symbol) -> tuple[Symbol, bool]:
+    """What is added up, and whether it is squared first, in float64.
+
+    Of whole tensors `mean(x * x)` is the mean of products that have been rounded, as it is on real arrays.
+    """
+    inner = reduction.args[0]
+    if reduction.kind is not Kind.WHOLE and inner.op == "multiply" and inner.args[0] is inner.args[1]:
+        return inner.args[0], True
+    return inner, reduction.op != "mean"

@@ -59,9 +59,8 @@ class Sums:
     def add_up(self) -> None:
         """Add the sums of several blocks up, where a statistic of the tensor is wanted."""
         if len(self._totals):
-            with np.errstate(all="ignore"):
-                for i, sums in self._several.items():
-                    self._totals[i] = exact_sum(sums.tolist())
+            for i, sums in self._several.items():
+                self._totals[i] = exact_sum(sums.tolist())
 
 
 class Batch:
