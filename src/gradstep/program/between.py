@@ -18,17 +18,18 @@ POSITION = {Kind.ROW: "%rows.at", Kind.COLUMN: "%columns.at"}
 LENGTH = {Kind.ROW: "%height", Kind.COLUMN: "%width"}
 
 
-def emit_between(program: Program, level: int, dtype: str, formats: Mapping[str, Format]) -> KernelSource | None:
-    """The kernel after a sweep: adds up sums of columns, and computes what the next sweep reads. None for nothing."""
+def emit_after(program: Program, level: int, dtype: str, formats: Mapping[str, Format]) -> KernelSource | None:
+    """The kernel after a sweep; None where there is nothing to do.
+
+    It adds up sums of columns and computes what the next sweep reads; after the last one it writes the slots of rows
+    and columns.
+    """
+    if level == len(program.sweeps) - 1:
+        kept = program.small_outputs
+        return _Emitter(program, dtype, kept, {}, [], formats).source() if kept else None
     columns = [sums for sums in program.sweeps[level].reductions if sums.kind is Kind.COLUMN]
     wanted = {place_of(source): source for source in small_inputs(program.sweeps[level + 1])}
     return _Emitter(program, dtype, {}, wanted, columns, formats).source() if wanted or columns else None
-
-
-def emit_last(program: Program, dtype: str, formats: Mapping[str, Format]) -> KernelSource | None:
-    """The kernel after the last sweep: writes the slots of rows and columns."""
-    kept = program.small_outputs
-    return _Emitter(program, dtype, kept, {}, [], formats).source() if kept else None
 
 
 class _Emitter(Frame):

@@ -1,6 +1,5 @@
 """Tensors of one optimizer that run the same program: their tables, their scratch, and the run through all sweeps."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +7,10 @@ import numpy as np
 
 from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Integers
-from gradstep.program.between import emit_between, emit_last
+from gradstep.program.between import emit_after
 from gradstep.program.blocks import exact_sum
 from gradstep.program.compiler import compile_kernel
 from gradstep.program.formats import compute_dtype, scales_of
-from gradstep.program.frame import KernelSource
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
@@ -22,7 +20,7 @@ from gradstep.step.launch import Launch, flat_chunks, matrix_chunks, stack_chunk
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
 from gradstep.step.scalars import ScalarTable, Scales
-from gradstep.step.sizes import count_blocks, count_matrices, matrix_shape, small_shape, sums_shape
+from gradstep.step.sizes import blocks_summed, count_blocks, count_matrices, matrix_shape, small_shape
 
 Array = np.ndarray[Any, Any]
 
@@ -43,13 +41,12 @@ class Sums:
         totals: where its total lies, if it is a statistic of the tensor; else the same.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], kind: Kind) -> None:
-        sizes = [math.prod(shape) for shape in shapes]
+    def __init__(self, sizes: Sequence[int], kind: Kind) -> None:
         whole = kind is Kind.WHOLE
-        self._totals = np.zeros(len(shapes) if whole else 0)
+        self._totals = np.zeros(len(sizes) if whole else 0)
         # The sum of a single block is the total.
         self._several = {i: np.zeros(size) for i, size in enumerate(sizes) if size > 1 or not whole}
-        self.totals = self._totals.ctypes.data + self._totals.itemsize * np.arange(len(shapes))
+        self.totals = self._totals.ctypes.data + self._totals.itemsize * np.arange(len(sizes))
         self.addresses = self.totals.copy()
         for i, sums in self._several.items():
             self.addresses[i] = sums.ctypes.data
@@ -87,15 +84,14 @@ class Batch:
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
         self._keys = self._make_keys(names)
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
-        self._between = [self._launch_between(level) for level in range(len(self.program.sweeps) - 1)]
-        self._last = self._launch_small(emit_last(self.program, self.dtype, self.formats))
+        self._after = [self._launch_after(level) for level in range(len(self.program.sweeps))]
         for place in ("w", "g", *self.program.slots, *(["g.sum"] if self.reading is Reading.SUMMED else [])):
             self._lay_out(place)
         self._lay_out_matrices()
 
     @property
     def _all_launches(self) -> list[Launch]:
-        return [launch for launch in (*self._launches, *self._between, self._last) if launch]
+        return [launch for launch in (*self._launches, *self._after) if launch]
 
     # What is made once
 
@@ -123,7 +119,7 @@ class Batch:
             team=self._library.team,
         )  # fmt: skip
         for reduction in sweep.reductions:
-            sums = Sums([sums_shape(self.program, reduction, m.shape) for m in self.matches], reduction.kind)
+            sums = Sums([blocks_summed(self.program, reduction, m.shape) for m in self.matches], reduction.kind)
             self._sums[place_of(reduction)] = sums
             launch.place(place_of(reduction), sums.addresses, sums=True)
         for source in small_inputs(sweep):
@@ -134,14 +130,9 @@ class Batch:
             launch.place(place_of(source), _addresses(self._small[place_of(source)]))
         return launch
 
-    def _launch_between(self, level: int) -> Launch | None:
-        launch = self._launch_small(emit_between(self.program, level, self.dtype, self.formats))
-        for source in small_inputs(self.program.sweeps[level + 1]) if launch else ():
-            launch.place(place_of(source), _addresses(self._small[place_of(source)]))
-        return launch
-
-    def _launch_small(self, source: KernelSource | None) -> Launch | None:
-        """The job of a kernel that goes through rows and columns, or through tensors, instead of elements."""
+    def _launch_after(self, level: int) -> Launch | None:
+        """What follows a sweep goes through rows and columns, or through tensors, instead of elements."""
+        source = emit_after(self.program, level, self.dtype, self.formats)
         if source is None:
             return None
         dimensions = self._dimensions
@@ -157,6 +148,8 @@ class Batch:
         )  # fmt: skip
         for place, sums in self._sums.items():
             launch.place(place, sums.totals, sums=True)
+        for place, values in self._small.items():
+            launch.place(place, _addresses(values))
         return launch
 
     def _lay_out(self, place: str) -> None:
@@ -224,20 +217,22 @@ class Batch:
         """Write parameters and slots. Nothing in here can fail."""
         self._scalars.advance()
         self._launches[-1].run()
-        if self._last:
-            self._last.run()
+        self._run_after(-1)
         for scratch in self.scratch:
             if scratch.written:
                 array = parameters[scratch.tensor] if scratch.array is None else scratch.array
                 np.copyto(self._library.as_numpy(array), scratch.copy)
 
+    def _run_after(self, level: int) -> None:
+        launch = self._after[level]
+        if launch:
+            launch.run()
+
     def _finish(self, level: int) -> None:
         """Compute what the next sweep reads, and run the matrix operations between the two."""
         for reduction in self.program.sweeps[level].reductions:
             self._sums[place_of(reduction)].add_up()
-        between = self._between[level]
-        if between:
-            between.run()
+        self._run_after(level)
         for symbol in self.program.matrices[level]:
             for matrix in self._matrices[place_of(symbol)]:
                 newton_schulz(matrix, symbol.attribute, self._workspace)
