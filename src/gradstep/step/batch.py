@@ -154,10 +154,6 @@ class Batch:
 
     def _lay_out(self, place: str) -> None:
         """Find each tensor's address of one array; arrays that no kernel can walk get scratch."""
-        kind = self.program.slots.get(place, Kind.FULL)
-        if kind is not Kind.FULL:
-            self._place(place, np.array([match.memory[place].address for match in self.matches], np.int64))
-            return
         for part in self.formats[place].parts(place):
             self._place(part, self._find(part, may_copy=part != scales_of(place)))
 
@@ -167,7 +163,7 @@ class Batch:
             if not may_copy or match.is_direct(part):
                 addresses[i] = match.memory[part].address
                 continue
-            copy = match.scratch(match.memory[part].dtype)
+            copy = match.scratch(part)
             array = match.total if part == "g.sum" else match.slots.get(part)
             self.scratch.append(Scratch(part, i, copy, written=part not in ("g", "g.sum"), array=array))
             addresses[i] = copy.ctypes.data
