@@ -77,6 +77,42 @@ def test_a_step_allocates_what_the_bill_says(cls, kwargs, storage, layout):
         assert kept == bill.slots + bill.masters
 
 
+def beyond_the_bill(opt: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+    """The bytes that a first step allocates, less the bill."""
+    params, grads = ({name: np.ones(shape, np.float32) for name, shape in shapes.items()} for _ in range(2))
+    bill = opt.memory(params)
+    return allocated(lambda: opt.apply_gradients(grads, params)) - bill.total
+
+
+CHUNK = 24  # bytes that a kernel's table has for a chunk
+
+
+@pytest.mark.parametrize(
+    ("make", "width", "tables"),
+    [
+        (lambda: gs.AdamW(0.1), None, CHUNK),
+        (lambda: gs.AdamW(0.1, nonfinite="raise"), None, 2 * CHUNK + 8),  # and each block's tensor
+        (lambda: gs.Adafactor(0.1), None, 2 * CHUNK),
+        (lambda: gs.Adafactor(0.1), 512, 3 * CHUNK),
+        (lambda: gs.Adafactor(0.1, clip_norm=1.0), 512, 4 * CHUNK + 8),
+    ],
+)
+def test_nothing_that_grows_with_a_parameter_is_left_out(make, width, tables):
+    """Per block of 32,768 elements, or 64 rows of 512: what is allocated beyond the bill are tables alone."""
+    left_out = [
+        beyond_the_bill(make(), {"w": (blocks * 64, width) if width else (blocks << 15,)}) for blocks in (50, 90)
+    ]
+    assert left_out[1] - left_out[0] == 40 * tables
+
+
+def test_many_tensors_cost_what_the_bill_says_but_for_their_tables():
+    """The totals of tensors of one block, and of several, are on it: they are what differs between the two."""
+    left_out = [
+        beyond_the_bill(gs.Adafactor(0.1), {str(i): (size,) for i in range(100)}) for size in (100, (1 << 15) + 100)
+    ]
+    assert left_out[1] - left_out[0] == 100 * 2 * CHUNK
+
+
 @pytest.mark.parametrize("library", ["torch", "jax", "mlx"])
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 def test_slots_of_other_libraries_cost_the_same(library, storage):

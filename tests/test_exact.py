@@ -409,6 +409,19 @@ def statistics() -> Any:
 
 
 class TestStatistics:
+    def test_a_mean_of_squares_is_one_of_rounded_products(self):
+        @gs.rule
+        def Squares(w, g, *, rate):
+            return w + rate * gs.mean(g * g) + 0.0 * g
+
+        others = 0
+        for seed in range(60):
+            g, w = values(seed, 9, "float32"), np.zeros(9, np.float32)
+            Squares(rate=1.0).apply_gradients({"w": g}, {"w": w})
+            assert (w == gs.mean(g * g)).all()
+            others += w[0] != np.float32(np.mean(g.astype(np.float64) ** 2))
+        assert others > 0
+
     @both_libraries
     @settings(max_examples=60)
     @given(size=sizes.filter(bool), dtype=st.sampled_from(DTYPES), of_g=characters, seed=seeds)

@@ -11,12 +11,12 @@ from gradstep.arrays.memory import axis_order, element_strides, strides_in_order
 from gradstep.errors import OutOfRangeError
 from gradstep.learning_rate import to_float
 from gradstep.program.formats import compute_dtype
+from gradstep.program.rounding import widened
 from gradstep.step import forms
 from gradstep.step.inspection import Inspector, global_norm
 from gradstep.step.look import look_at
 from gradstep.step.match import describe_floats
 from gradstep.step.scalars import clip_scale
-from gradstep.step.small import widened
 from gradstep.tree import flatten
 
 Grads = TypeVar("Grads")

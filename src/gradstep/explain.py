@@ -76,10 +76,13 @@ def _explain(program: Program, formats: Mapping[str, Format], uses: list[str], n
     for number, sweep in enumerate(program.sweeps):
         lines += [*text.sweep(sweep, number), *text.after(number)]
     if ir:
+        from gradstep.program.between import emit_after
         from gradstep.program.kernel import emit
 
         for number, sweep in enumerate(program.sweeps):
             lines += ["", f"; sweep {number + 1}", module_ir(emit(program, sweep, dtype, formats).ir)]
+            after = emit_after(program, number, dtype, formats)
+            lines += ["", f"; after sweep {number + 1}", module_ir(after.ir)] if after else []
     return "\n".join(lines)
 
 

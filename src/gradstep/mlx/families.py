@@ -324,9 +324,9 @@ class Adafactor(RuleUpdate):
     rho    = min(1e-2, 1 / sqrt(step)) with relative_step, else learning_rate
     rho    = rho * max(eps[1], rms(w))
     beta2  = 1 - step**decay_rate
-    row    = beta2 * row + (1 - beta2) * mean(g**2 + eps[0], axis=-1)         from two dimensions on,
-    col    = beta2 * col + (1 - beta2) * mean(g**2 + eps[0], axis=-2)         per leading index
-    update = g / (sqrt(row / mean(row)) * sqrt(col))                          else g / sqrt(v)
+    row    = beta2 * row + (1 - beta2) * (mean(g**2, axis=-1) + eps[0])       from two dimensions on,
+    col    = beta2 * col + (1 - beta2) * (mean(g**2, axis=-2) + eps[0])       per leading index
+    update = g * (sqrt(mean(row)) / sqrt(row)) * (1 / sqrt(col))              else g / sqrt(v)
     update = rho * update / max(1, rms(update) / clip_threshold)
     m      = update = beta_1 * m + (1 - beta_1) * update                      only with beta_1
     w      = w - weight_decay * rho * w - update

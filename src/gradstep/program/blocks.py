@@ -2,7 +2,9 @@
 
 A block is `BLOCK` consecutive elements. Element `i` of a block is added to lane `i % LANES`; the lanes are added in
 order; the sums of all blocks are added exactly (`math.fsum`). Kernels follow the same definition, except in programs
-that also have statistics of rows or columns: these sum row by row, in blocks of 64 rows.
+that also have statistics of rows or columns. These sum in blocks of 64 rows: columns row after row, all else in
+lanes that are halved at the end, lane `i % LANES` of a row's element `i`; four rows at a time have lanes of their own.
+What they square is squared in float64.
 """
 
 import math
@@ -33,7 +35,8 @@ def exact_sum(parts: Iterable[float]) -> float:
     except ValueError:
         return math.nan
     except OverflowError:
-        return float(np.sum(np.array(parts)))
+        with np.errstate(all="ignore"):
+            return float(np.sum(np.array(parts)))
 
 
 def _sum(array: np.ndarray[Any, Any], square: bool) -> float:

@@ -14,7 +14,7 @@ from gradstep.program.processor import architecture, cpu, triple
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gradstep.program.kernel import KernelSource
+    from gradstep.program.frame import KernelSource
 
 # Kernels run with denormals kept and rounding to nearest, whatever mode the calling thread is in.
 X86_MODE = """

@@ -59,6 +59,15 @@ def noise(on: WordOperations, key: Sequence[Any], shape: Sequence[int]) -> Any:
     return (x + shift).reshape(shape)
 
 
+def widened(stored: np.ndarray[Any, Any], dtype: str, compute: str) -> np.ndarray[Any, Any]:
+    """A NumPy array in the compute dtype; 16-bit floats come as their bits."""
+    if dtype == "bfloat16":
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "float16":
+        stored = stored.view(np.float16)
+    return stored.astype(compute, copy=False)
+
+
 def round_at_random(on: WordOperations, x: Any, dtype: str, words: Any) -> Any:
     """Float32 numbers rounded up or down to numbers that `dtype` holds exactly."""
     w, bits = on.word, on.bits(x)

@@ -54,7 +54,7 @@ class ScalarExpressions:
         private |= {s.index: f"({float(s.attribute)!r})" for s in symbols if s.op == "constant" and not s.boolean}
         private |= {s.index: f"_shape[{s.attribute}]" for s in symbols if s.op == "dimension"}
         self._texts = [spell(output, private) for output in outputs]
-        self._checked = [output.attribute != "grad_scale" for output in outputs]
+        self._checked = [place for place, output in enumerate(outputs) if output.attribute != "grad_scale"]
         self._all = self._compile(f"[{', '.join(self._texts)}]")
 
     def __len__(self) -> int:
@@ -72,8 +72,9 @@ class ScalarExpressions:
             self._find_undefined(known, shape, arguments)
             raise
         largest = LARGEST[dtype]
-        for place, value in enumerate(results):
-            if self._checked[place] and (isinstance(value, complex) or not -largest < value < largest):
+        for place in self._checked:
+            value = results[place]
+            if isinstance(value, complex) or not -largest < value < largest:
                 raise self._error(place, f"{value}, which is not finite in {dtype}", known)
         return results
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradstep.errors import NonFiniteScalarError
 from gradstep.program.formats import BYTES
-from gradstep.program.graph import Kind, Symbol
+from gradstep.program.graph import Symbol
 
 TYPES = {"float32": "float", "float64": "double", "bfloat16": "i16", "float16": "i16", "uint8": "i8"}
 ARITHMETIC = {"add": "fadd", "subtract": "fsub", "multiply": "fmul", "divide": "fdiv"}
@@ -53,6 +53,7 @@ class Values:
     def __init__(self, code: Code, dtype: str, lanes: int, known: Mapping[int, str]) -> None:
         self._code, self._dtype, self._lanes = code, dtype, lanes
         self._names = dict(known)
+        self._given = frozenset(known)
 
     @property
     def type(self) -> str:
@@ -64,6 +65,11 @@ class Values:
         if symbol.index not in self._names:
             self._names[symbol.index] = self._emit(symbol)
         return self._names[symbol.index]
+
+    def number(self, symbol: Symbol) -> str:
+        """The same, with a condition as 0 or 1."""
+        value = self[symbol]
+        return self._as_number(value) if self._is_bits(symbol) else value
 
     def _emit(self, symbol: Symbol) -> str:
         if symbol.op == "constant":
@@ -103,10 +109,14 @@ class Values:
         return self._code.let(f"uitofp {vector('i1', self._lanes)} {condition} to {self.type}")
 
     def _condition(self, symbol: Symbol, value: str) -> str:
-        """A condition as bits; one that was computed outside of the sweep arrives as 0 or 1."""
-        if symbol.kind is Kind.FULL:
+        """A condition as bits."""
+        if self._is_bits(symbol):
             return value
         return self._compare("une", value, "zeroinitializer" if self._lanes > 1 else "0.0")
+
+    def _is_bits(self, symbol: Symbol) -> bool:
+        """Whether a value is a condition that was computed here; one from elsewhere arrives as 0 or 1."""
+        return symbol.op in PREDICATES and symbol.index not in self._given
 
 
 def vector(element: str, lanes: int) -> str:

@@ -32,10 +32,10 @@ class Adafactor(RuleOptimizer):
     rho    = min(1e-2, 1 / sqrt(t)) without a learning rate, else learning_rate
     rho    = rho * max(eps[1], rms(w))
     beta2  = 1 - t**decay_rate
-    row    = beta2 * row + (1 - beta2) * mean(g**2 + eps[0], axis=-1)         from two dimensions on,
-    col    = beta2 * col + (1 - beta2) * mean(g**2 + eps[0], axis=-2)         per leading index
-    update = g / (sqrt(row / mean(row)) * sqrt(col))                          else g / sqrt(v)
-    update = rho * update / max(1, rms(update) / clip_threshold)
+    row    = beta2 * row + (1 - beta2) * (mean(g**2, axis=-1) + eps[0])       from two dimensions on,
+    col    = beta2 * col + (1 - beta2) * (mean(g**2, axis=-2) + eps[0])       per leading index
+    update = g * (sqrt(mean(row)) / sqrt(row)) * (1 / sqrt(col))              else g / sqrt(v)
+    update = rho / max(1, rms(update) / clip_threshold) * update
     m      = update = beta_1 * m + (1 - beta_1) * update                      only with beta_1
     w      = w - weight_decay * rho * w - update
     ```
@@ -113,18 +113,16 @@ class Adafactor(RuleOptimizer):
         if scale_parameter:
             rho = rho * maximum(eps2, rms(w))
         beta2 = 1 - t**decay_rate
-        u = g * g + eps1
         if w.ndim >= 2:
-            row = beta2 * row + (1 - beta2) * mean(u, axis=-1)
-            col = beta2 * col + (1 - beta2) * mean(u, axis=-2)
+            row = beta2 * row + (1 - beta2) * (mean(g * g, axis=-1) + eps1)
+            col = beta2 * col + (1 - beta2) * (mean(g * g, axis=-2) + eps1)
             v = None
-            update = g / (sqrt(row / mean(row, axis=-2)) * sqrt(col))
+            update = g * (sqrt(mean(row, axis=-2)) / sqrt(row)) * (1 / sqrt(col))  # two roots and no overflow for zeros
         else:
             row = col = None
-            v = beta2 * v + (1 - beta2) * u
+            v = beta2 * v + (1 - beta2) * (g * g + eps1)
             update = g / sqrt(v)
-        update = update / maximum(1.0, rms(update) / clip_threshold)
-        update = update * rho
+        update = rho / maximum(1.0, rms(update) / clip_threshold) * update
         if beta_1 is None:
             m = None
         else:

@@ -7,6 +7,8 @@ import numpy as np
 
 from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Integers
+from gradstep.program.between import emit_after
+from gradstep.program.blocks import exact_sum
 from gradstep.program.compiler import compile_kernel
 from gradstep.program.formats import compute_dtype, scales_of
 from gradstep.program.graph import Kind, Reading
@@ -14,13 +16,11 @@ from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
 from gradstep.program.noise import signed, step_shift, tensor_key
 from gradstep.program.program import Program, place_of, small_inputs
-from gradstep.program.rounding import key_words
-from gradstep.step.launch import Launch, flat_chunks, matrix_chunks
+from gradstep.step.launch import Launch, flat_chunks, matrix_chunks, stack_chunks
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
 from gradstep.step.scalars import ScalarTable, Scales
-from gradstep.step.sizes import count_blocks, count_matrices, matrix_shape, small_shape, sums_shape
-from gradstep.step.small import SmallValues, matrix_statistic, narrowed, whole_statistic, widened
+from gradstep.step.sizes import blocks_summed, count_blocks, count_matrices, matrix_shape, small_shape
 
 Array = np.ndarray[Any, Any]
 
@@ -31,6 +31,33 @@ class Scratch:
     def __init__(self, place: str, tensor: int, copy: Array, *, written: bool, array: Any) -> None:
         self.place, self.tensor, self.copy, self.written = place, tensor, copy, written
         self.array = array  # None for w and g, which are handed in anew with each step
+
+
+class Sums:
+    """What a reduction leaves behind in the kernels of a batch.
+
+    Attributes:
+        addresses: where each tensor's sums lie.
+        totals: where its total lies, if it is a statistic of the tensor; else the same.
+    """
+
+    def __init__(self, sizes: Sequence[int], kind: Kind) -> None:
+        whole = kind is Kind.WHOLE
+        self._totals = np.zeros(len(sizes) if whole else 0)
+        # The sum of a single block is the total.
+        self._several = {i: np.zeros(size) for i, size in enumerate(sizes) if size > 1 or not whole}
+        self.totals = self._totals.ctypes.data + self._totals.itemsize * np.arange(len(sizes))
+        self.addresses = self.totals.copy()
+        for i, sums in self._several.items():
+            self.addresses[i] = sums.ctypes.data
+        if not whole:
+            self.totals = self.addresses
+
+    def add_up(self) -> None:
+        """Add the sums of several blocks up, where a statistic of the tensor is wanted."""
+        if len(self._totals):
+            for i, sums in self._several.items():
+                self._totals[i] = exact_sum(sums.tolist())
 
 
 class Batch:
@@ -48,20 +75,23 @@ class Batch:
         self.scratch: list[Scratch] = []
         self.addresses: dict[str, Integers] = {}
         self._small: dict[str, list[Array]] = {}
-        self._sums: dict[str, list[Array]] = {}
+        self._sums: dict[str, Sums] = {}
         self._matrices: dict[str, list[Array]] = {}
-        self._results: list[tuple[Array, Array]] = []
         self._workspace = Workspace()
-        self._views: dict[str, list[Any]] = {}
         self._stacks = [count_matrices(match.shape) for match in matches]
         self._dimensions = self._measure()
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
         self._keys = self._make_keys(names)
         self._launches = [self._launch(level) for level in range(len(self.program.sweeps))]
+        self._after = [self._launch_after(level) for level in range(len(self.program.sweeps))]
         for place in ("w", "g", *self.program.slots, *(["g.sum"] if self.reading is Reading.SUMMED else [])):
             self._lay_out(place)
         self._lay_out_matrices()
+
+    @property
+    def _all_launches(self) -> list[Launch]:
+        return [launch for launch in (*self._launches, *self._after) if launch]
 
     # What is made once
 
@@ -89,9 +119,9 @@ class Batch:
             team=self._library.team,
         )  # fmt: skip
         for reduction in sweep.reductions:
-            place = place_of(reduction)
-            self._sums[place] = [np.zeros(sums_shape(self.program, reduction, match.shape)) for match in self.matches]
-            launch.place(place, _addresses(self._sums[place]), sums=True)
+            sums = Sums([blocks_summed(self.program, reduction, m.shape) for m in self.matches], reduction.kind)
+            self._sums[place_of(reduction)] = sums
+            launch.place(place_of(reduction), sums.addresses, sums=True)
         for source in small_inputs(sweep):
             if place_of(source) not in self._small:
                 self._small[place_of(source)] = [
@@ -100,12 +130,30 @@ class Batch:
             launch.place(place_of(source), _addresses(self._small[place_of(source)]))
         return launch
 
+    def _launch_after(self, level: int) -> Launch | None:
+        """What follows a sweep goes through rows and columns, or through tensors, instead of elements."""
+        source = emit_after(self.program, level, self.dtype, self.formats)
+        if source is None:
+            return None
+        dimensions = self._dimensions
+        if dimensions is None:
+            dimensions = np.stack([np.ones_like(self.sizes), self.sizes, np.ones_like(self.sizes)], axis=1)
+        stacks = np.array(self._stacks if self.program.factored else [1] * len(self.matches), np.int64)
+        height, width, blocks = dimensions.T
+        launch = Launch(
+            compile_kernel(source), stack_chunks(stacks * (self.sizes > 0)), len(self.matches),
+            int((stacks * (height + width * blocks)).sum() if self.program.factored else len(self.matches)),
+            rows=self._scalars.rows, scalars=self._scalars.values, dimensions=dimensions, keys=self._keys,
+            team=self._library.team,
+        )  # fmt: skip
+        for place, sums in self._sums.items():
+            launch.place(place, sums.totals, sums=True)
+        for place, values in self._small.items():
+            launch.place(place, _addresses(values))
+        return launch
+
     def _lay_out(self, place: str) -> None:
         """Find each tensor's address of one array; arrays that no kernel can walk get scratch."""
-        kind = self.program.slots.get(place, Kind.FULL)
-        if kind is not Kind.FULL:
-            self._views[place] = [self._library.as_numpy(match.slots[place]) for match in self.matches]
-            return
         for part in self.formats[place].parts(place):
             self._place(part, self._find(part, may_copy=part != scales_of(place)))
 
@@ -115,7 +163,7 @@ class Batch:
             if not may_copy or match.is_direct(part):
                 addresses[i] = match.memory[part].address
                 continue
-            copy = match.scratch(match.memory[part].dtype)
+            copy = match.scratch(part)
             array = match.total if part == "g.sum" else match.slots.get(part)
             self.scratch.append(Scratch(part, i, copy, written=part not in ("g", "g.sum"), array=array))
             addresses[i] = copy.ctypes.data
@@ -130,7 +178,7 @@ class Batch:
 
     def _place(self, place: str, addresses: Integers) -> None:
         self.addresses[place] = addresses
-        for launch in self._launches:
+        for launch in self._all_launches:
             launch.place(place, addresses)
 
     # What is done for each step
@@ -155,83 +203,35 @@ class Batch:
         """Fill the scalars and run every sweep but the last: all that is written is scratch."""
         self._scalars.fill(scales)
         if self._stochastic:
-            for launch in self._launches:
+            for launch in self._all_launches:
                 launch.shift(step_shift(self.leaf.step))
-        if len(self._launches) == 1:
-            return
-        with np.errstate(all="ignore"):
-            values = self._values()
-            for level, launch in enumerate(self._launches[:-1]):
-                launch.run()
-                self._finish(level, values)
-                self._hand_on(level + 1, values)
-            self._results = self._small_results(values)
+        for level, launch in enumerate(self._launches[:-1]):
+            launch.run()
+            self._finish(level)
 
     def commit(self, parameters: Sequence[Any]) -> None:
         """Write parameters and slots. Nothing in here can fail."""
         self._scalars.advance()
         self._launches[-1].run()
-        for target, value in self._results:
-            np.copyto(target, value)
+        self._run_after(-1)
         for scratch in self.scratch:
             if scratch.written:
                 array = parameters[scratch.tensor] if scratch.array is None else scratch.array
                 np.copyto(self._library.as_numpy(array), scratch.copy)
 
-    def _values(self) -> list[SmallValues]:
-        """What is known before the first sweep: scalars, and the slots of rows and columns."""
-        indices = self.program.scalar_places
-        table = self._scalars.values[: self._scalars.used].astype(self.dtype)
-        scalars: list[dict[int, Any]] = [dict(zip(indices, row, strict=False)) for row in table]
-        scalars = scalars or [{}]
-        slots = {s: self._views[s.attribute] for s in self.program.symbols if s.attribute in self._views}
-        values: list[SmallValues] = []
-        for i in range(len(self.matches)):
-            known: dict[int, Any] = {
-                s.index: widened(views[i], self.formats[s.attribute].dtype, self.dtype).reshape(
-                    small_shape(s.kind, self.matches[i].shape)
-                )
-                for s, views in slots.items()
-            }
-            values.append(SmallValues(self.dtype, scalars[int(self._scalars.rows[i])] | known))
-        return values
+    def _run_after(self, level: int) -> None:
+        launch = self._after[level]
+        if launch:
+            launch.run()
 
-    def _finish(self, level: int, values: list[SmallValues]) -> None:
-        """Turn the sums that the sweep left behind into statistics, and run the matrix operations after it."""
-        number_type = np.dtype(self.dtype).type
+    def _finish(self, level: int) -> None:
+        """Compute what the next sweep reads, and run the matrix operations between the two."""
         for reduction in self.program.sweeps[level].reductions:
-            for i, sums in enumerate(self._sums[place_of(reduction)]):
-                if reduction.kind is Kind.WHOLE:
-                    value: Any = number_type(whole_statistic(reduction.op, sums, int(self.sizes[i])))
-                else:
-                    height, width = self.matches[i].shape[-2:]
-                    value = matrix_statistic(reduction, sums, height, width, number_type)
-                values[i].learn(reduction, value)
+            self._sums[place_of(reduction)].add_up()
+        self._run_after(level)
         for symbol in self.program.matrices[level]:
             for matrix in self._matrices[place_of(symbol)]:
                 newton_schulz(matrix, symbol.attribute, self._workspace)
-
-    def _hand_on(self, level: int, values: list[SmallValues]) -> None:
-        """Put the small values that the next sweep reads where its kernel finds them."""
-        for source in small_inputs(self.program.sweeps[level]):
-            for value, buffer in zip(values, self._small[place_of(source)], strict=True):
-                np.copyto(buffer, value[source])
-
-    def _small_results(self, values: list[SmallValues]) -> list[tuple[Array, Array]]:
-        """Each slot of rows or columns, and its new value. An empty parameter has no statistics to keep."""
-        return [
-            (target, narrowed(values[i][symbol].reshape(target.shape), self.formats[slot], self._key(slot, i)))
-            for slot, symbol in self.program.small_outputs.items()
-            for i, target in enumerate(self._views[slot])
-            if self.sizes[i]
-        ]
-
-    def _key(self, slot: str, tensor: int) -> tuple[int, int, int] | None:
-        """What the noise of a slot begins with, where it is rounded at random."""
-        if not self.formats[slot].stochastic:
-            return None
-        seed = self.leaf.storage.options.seed
-        return key_words(tensor_key(seed, self.matches[tensor].name), slot, self.leaf.step)
 
 
 def _addresses(arrays: Sequence[Array]) -> Integers:

@@ -15,7 +15,7 @@ from gradstep.program.program import Program, small_inputs
 from gradstep.step.forms import describe_floats
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter, walking_order
-from gradstep.step.sizes import count_blocks, matrix_shape, small_shape, sums_shape
+from gradstep.step.sizes import count_blocks, matrix_shape, small_shape, sums_count
 from gradstep.step.storage import parts_of
 
 
@@ -94,10 +94,11 @@ def _in_memory(
 
 def _statistics(program: Program, shape: Sequence[int], itemsize: int) -> int:
     """The sums of all sweeps, and the small values that they read."""
-    sums = [sums_shape(program, reduction, shape) for sweep in program.sweeps for reduction in sweep.reductions]
+    reductions = [reduction for sweep in program.sweeps for reduction in sweep.reductions]
+    sums = sum(sums_count(program, reduction, shape) for reduction in reductions)
     small = {source.index: source.kind for sweep in program.sweeps for source in small_inputs(sweep)}
     values = sum(math.prod(small_shape(kind, shape)) for kind in small.values())
-    return 8 * sum(map(math.prod, sums)) + itemsize * values
+    return 8 * sums + itemsize * values
 
 
 def sums_bill(named: Mapping[str, Any], routes: Sequence[tuple[Leaf, list[str]]], every: int) -> MemoryBill:

@@ -8,7 +8,8 @@ import numpy as np
 from gradstep.arrays.memory import Integers, start_of
 from gradstep.program.blocks import BLOCK
 from gradstep.program.compiler import Kernel
-from gradstep.program.kernel import FIELDS, ROWS
+from gradstep.program.frame import FIELDS
+from gradstep.program.kernel import ROWS
 from gradstep.program.threads import Team, pool
 
 RUN = 16  # chunks that a thread grabs at once, at most
@@ -95,6 +96,12 @@ def matrix_chunks(dimensions: Integers, stacks: Integers) -> Integers:
     height, width, blocks = dimensions.T
     block_size = np.maximum(np.minimum(height, ROWS) * width, 1)
     return _chunks(stacks * blocks * (width > 0), np.maximum(BLOCK // block_size, 1))
+
+
+def stack_chunks(stacks: Integers) -> Integers:
+    """One chunk for each stack of matrices that is not empty."""
+    tensors = np.flatnonzero(stacks)
+    return np.ascontiguousarray(np.stack([tensors, np.zeros_like(tensors), stacks[tensors]], axis=1), dtype=np.int64)
 
 
 def _chunks(lengths: Integers, grains: Integers) -> Integers:

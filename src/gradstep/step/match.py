@@ -44,12 +44,21 @@ class Match(NamedTuple):
 
     def is_direct(self, array: str) -> bool:
         """Whether a kernel can walk the array as it lies; else it goes through scratch."""
-        return element_strides(self.memory[array]) == self.strides
+        memory = self.memory[array]
+        strides = strides_in_order(memory.shape, range(len(memory.shape))) if self._is_small(array) else self.strides
+        return element_strides(memory) == strides
 
-    def scratch(self, dtype: str) -> np.ndarray[Any, Any]:
+    def scratch(self, array: str) -> np.ndarray[Any, Any]:
         """A new dense array in the order that the kernel walks."""
-        array = np.empty([self.shape[axis] for axis in self.order], bits_dtype(dtype))
-        return array.transpose(np.argsort(self.order)) if self.order else array
+        memory = self.memory[array]
+        if self._is_small(array):
+            return np.empty(memory.shape, bits_dtype(memory.dtype))
+        copy = np.empty([self.shape[axis] for axis in self.order], bits_dtype(memory.dtype))
+        return copy.transpose(np.argsort(self.order)) if self.order else copy
+
+    def _is_small(self, array: str) -> bool:
+        """Whether the array is a slot of rows or columns."""
+        return self.program.slots.get(array, Kind.FULL) is not Kind.FULL
 
 
 def check_parameter(library: MemoryLibrary, name: str, parameter: Any) -> Memory:

@@ -9,6 +9,7 @@ from gradstep.arrays.library import MemoryLibrary, Watch
 from gradstep.arrays.memory import Integers, Memory
 from gradstep.program.formats import compute_dtype
 from gradstep.program.graph import Reading
+from gradstep.program.rounding import widened
 from gradstep.program.threads import pool
 from gradstep.step.batch import batches
 from gradstep.step.inspection import Inspection, Inspector, global_norm
@@ -17,7 +18,6 @@ from gradstep.step.leaf import Leaf, State
 from gradstep.step.match import Match, match
 from gradstep.step.overlap import Extents
 from gradstep.step.scalars import Scales
-from gradstep.step.small import widened
 
 
 class Share:

@@ -88,7 +88,8 @@ class ScalarTable:
             self._leaf.check_rounded(self._dtype, group)
             values = {**self._leaf.scalars(group), "grad_scale": scales.whole, "g.scale": scales.micro}
             known.append(values)
-            bits += struct.pack(f"{len(values)}d", *values.values())  # tells 0.0 from -0.0
+            if not self._needs_count:  # else every step has scalars of its own
+                bits += struct.pack(f"{len(values)}d", *values.values())  # tells 0.0 from -0.0
         if not self._scalars:
             return
         if not self._owners or (self._needs_count and self._leaf.step != self._expected_step):

@@ -27,15 +27,21 @@ def small_shape(kind: Kind, shape: Sequence[int]) -> tuple[int, ...]:
     return (count_matrices(shape), height if kind is Kind.ROW else 1, width if kind is Kind.COLUMN else 1)
 
 
-def sums_shape(program: Program, reduction: Symbol, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the partial sums that a kernel leaves behind."""
+def blocks_summed(program: Program, reduction: Symbol, shape: Sequence[int]) -> int:
+    """How many partial sums a kernel leaves behind."""
     if not program.factored:
-        return (count_blocks(math.prod(shape), BLOCK),)
+        return count_blocks(math.prod(shape), BLOCK)
     stack, (height, width) = count_matrices(shape), shape[-2:]
     if reduction.kind is Kind.ROW:
-        return (stack, height)
-    blocks = count_blocks(height, ROWS)
-    return (stack, blocks, width) if reduction.kind is Kind.COLUMN else (stack * blocks,)
+        return stack * height
+    blocks = stack * count_blocks(height, ROWS)
+    return blocks * width if reduction.kind is Kind.COLUMN else blocks
+
+
+def sums_count(program: Program, reduction: Symbol, shape: Sequence[int]) -> int:
+    """The same with the total, which is there once for a whole tensor; the sum of a single block is the total."""
+    count = blocks_summed(program, reduction, shape)
+    return count if reduction.kind is not Kind.WHOLE else 1 + count * (count > 1)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
