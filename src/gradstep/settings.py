@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cached_property
 from types import MethodType
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.hyperparameters import Cell, Field, Pair, Resolved
+from gradstep.lazy import computed_once
 from gradstep.program.graph import Trace
 
 Group: TypeAlias = tuple[str, ...]
@@ -94,7 +94,7 @@ class Settings:
 
     # Groups
 
-    @cached_property
+    @computed_once
     def mapped(self) -> list[str]:
         """The hyperparameters in which parameters may differ."""
         return [name for name in self._fields if name in self._choices]
@@ -155,16 +155,16 @@ class Settings:
         """The hyperparameters that are no configuration, as given."""
         return {name: value for name, value in self.given.items() if self._fields[name].by_name}
 
-    @cached_property
+    @computed_once
     def cells(self) -> list[Cell]:
         """Every scalar."""
         return [cell for cells in self._cells.values() for cell in cells]
 
-    @cached_property
+    @computed_once
     def _fixed(self) -> dict[str, float]:
         return {cell.symbol: cell.value for cell in self.cells if not cell.source.is_schedule}
 
-    @cached_property
+    @computed_once
     def scheduled(self) -> list[Cell]:
         """The scalars that are schedules."""
         return [cell for cell in self.cells if cell.source.is_schedule]
@@ -208,7 +208,7 @@ class Settings:
         """What a rule receives while it is traced for a group."""
         return {name: self._fields[name].argument(trace, value) for name, value in self.given.items()}
 
-    @cached_property
+    @computed_once
     def static(self) -> tuple[object, ...]:
         """What tracing depends on: configuration, which scalars are absent or removed, and how names are grouped."""
         return tuple(

@@ -1,9 +1,9 @@
 """A traced rule cut into sweeps: passes over the elements, with the small values computed between them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
+from gradstep.lazy import computed_once
 from gradstep.program.graph import REDUCTIONS, Kind, Symbol, reachable
 from gradstep.program.scalars import ScalarExpressions
 
@@ -21,22 +21,22 @@ class Sweep:
     def __init__(self, reductions: Sequence[Symbol], stores: Sequence[Store]) -> None:
         self.reductions, self.stores = tuple(reductions), tuple(stores)
 
-    @cached_property
+    @computed_once
     def roots(self) -> list[Symbol]:
         """The values that the pass computes for every element."""
         return [reduction.args[0] for reduction in self.reductions] + [store.value for store in self.stores]
 
-    @cached_property
+    @computed_once
     def body(self) -> list[Symbol]:
         """The operations on every element, each after its arguments."""
         return [symbol for symbol in self._visited if not is_input(symbol)]
 
-    @cached_property
+    @computed_once
     def inputs(self) -> list[Symbol]:
         """The arrays and small values that the operations read, and scalars."""
         return [symbol for symbol in self._visited if is_input(symbol)]
 
-    @cached_property
+    @computed_once
     def _visited(self) -> list[Symbol]:
         seen: dict[int, Symbol] = {}
         stack = list(self.roots)
@@ -72,12 +72,12 @@ class Program:
             level = max((self.levels[arg.index] for arg in symbol.args), default=0)
             self.levels[symbol.index] = level + (ends_a_sweep(symbol))
 
-    @cached_property
+    @computed_once
     def symbols(self) -> list[Symbol]:
         """Every operation that the outputs need, each after its arguments."""
         return reachable(self.outputs.values())
 
-    @cached_property
+    @computed_once
     def sweeps(self) -> list[Sweep]:
         """The passes in order; only the last one writes `w` and slots."""
         last = max(self.levels[output.index] for output in self.outputs.values())
@@ -94,7 +94,7 @@ class Program:
             ]
         return Sweep([s for s in ending if s.op in REDUCTIONS], stores)
 
-    @cached_property
+    @computed_once
     def scalars(self) -> ScalarExpressions:
         """The host's share: every scalar that an array operation takes, except literal numbers."""
         used = {
@@ -106,22 +106,22 @@ class Program:
         }
         return ScalarExpressions(self.name, list(used.values()))
 
-    @cached_property
+    @computed_once
     def scalar_places(self) -> dict[int, int]:
         """Where each scalar stands in the table: symbol index to column."""
         return {symbol.index: place for place, symbol in enumerate(self.scalars.outputs)}
 
-    @cached_property
+    @computed_once
     def factored(self) -> bool:
         """Whether rows and columns matter, not only elements."""
         return any(Kind.LEAD <= symbol.kind <= Kind.COLUMN for symbol in self.symbols)
 
-    @cached_property
+    @computed_once
     def ordered(self) -> bool:
         """Whether the order of the elements matters, so that arrays must be read in C order."""
         return any(ends_a_sweep(symbol) for symbol in self.symbols)
 
-    @cached_property
+    @computed_once
     def matrices(self) -> list[list[Symbol]]:
         """For each sweep, the matrix operations that follow it."""
         following: list[list[Symbol]] = [[] for _ in self.sweeps]
@@ -130,7 +130,7 @@ class Program:
                 following[self.levels[symbol.args[0].index]].append(symbol)
         return following
 
-    @cached_property
+    @computed_once
     def small_outputs(self) -> dict[str, Symbol]:
         """The slots that hold row or column statistics."""
         return {place: value for place, value in self.outputs.items() if value.kind is not Kind.FULL}

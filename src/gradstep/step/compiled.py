@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradstep.arrays.library import Form, FunctionalLibrary
+from gradstep.lazy import computed_once
 from gradstep.program.formats import Format, compute_dtype
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import Program
@@ -44,7 +45,7 @@ class Recipe:
         """Whether the step looks at the gradients itself; where it may raise, somebody has looked before."""
         return self.nonfinite == "skip" or (self.clipped and self.nonfinite == "allow")
 
-    @functools.cached_property
+    @computed_once
     def key(self) -> Any:
         """Equal for recipes that do the same."""
         tasks = tuple((task.program.key, task.form, tuple(task.formats.items()), *task[3:]) for task in self.tasks)

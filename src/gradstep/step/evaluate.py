@@ -9,7 +9,6 @@ from gradstep.program.graph import REDUCTIONS, Kind, Symbol
 from gradstep.program.operators import OPERATORS
 from gradstep.program.program import Program
 
-
 LARGE = 1 << 12  # elements from which on it pays to keep small values out of the loops over them
 
 

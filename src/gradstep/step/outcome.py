@@ -3,11 +3,11 @@
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 from gradstep.arrays.library import FunctionalLibrary
 from gradstep.interrupts import InterruptsHeld
+from gradstep.lazy import computed_once
 
 LONGEST = 64  # steps whose outcome is awaited at most; the oldest of so many have long been computed
 
@@ -18,7 +18,7 @@ class Outcome:
     def __init__(self, library: FunctionalLibrary, taken: Any) -> None:
         self._library, self._taken = library, taken
 
-    @cached_property
+    @computed_once
     def applied(self) -> bool:
         """Waits for the device."""
         return bool(self._library.read(self._taken))
