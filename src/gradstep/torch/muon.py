@@ -74,7 +74,7 @@ class Muon(TorchOptimizer):
     ```
 
     `adjustment` is `sqrt(max(1, rows / columns))`, or `0.2 * sqrt(max(rows, columns))` for "match_rms_adamw". Torch
-    iterates in bfloat16, which leaves the direction about 1% off; here that is done on request.
+    iterates in bfloat16, which leaves the direction 1 to 2% off; here that is done on request.
 
     Args:
         params: matrices, `(name, matrix)` pairs, or dicts of them with values of their own.
