@@ -7,7 +7,8 @@ Times are medians in milliseconds; a ratio above 1 means that gradstep is faster
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import machine
 import torch
@@ -80,17 +81,26 @@ def main() -> None:
     case("Adamax / default", lambda: same_step(gs.Adamax(1e-3), lambda p: o.Adamax(p, 1e-3), (n,)))
     case("clip + AdamW / clip + fused", lambda: clipped_step(n))
     case("Adafactor / default", lambda: same_step(gs.Adafactor(1e-3), lambda p: o.Adafactor(p, 1e-3), (side, side)))
-    case("Muon 1024x1024 / bfloat16", lambda: same_step(gs.Muon(1e-3), lambda p: o.Muon(p, 1e-3), (1024, 1024)))
+    dtypes: tuple[Literal["bfloat16"] | None, ...] = (None, "bfloat16")
+    for name, shapes in (
+        ("1024x1024", [(1024, 1024)]),
+        ("4096x1024", [(4096, 1024)]),
+        ("4 of 500x500", [(500, 500)] * 4),
+    ):
+        for dtype in dtypes:
+            muon = gs.Muon(1e-3, ns_dtype=dtype)
+            make = partial(same_step, muon, lambda p: o.Muon(p, 1e-3), *shapes)
+            case(f"Muon {name} {dtype or 'float32'} / bfloat16", make)
     cases["500 small tensors / fused"] = lambda: many_small(500, 1000, 40)
 
     gs.set_num_threads(torch.get_num_threads())
     print(machine.describe("torch"))
     print(f"{n:,} float32 elements, {torch.get_num_threads()} threads each side, median of {options.rounds} rounds\n")
-    print(f"{'gradstep / torch':30}{'gradstep ms':>13}{'torch ms':>11}{'ratio':>8}")
+    print(f"{'gradstep / torch':36}{'gradstep ms':>13}{'torch ms':>11}{'ratio':>8}")
     for name, measure in cases.items():
         if not options.only or any(word.lower() in name.lower() for word in options.only):
             ours, theirs = measure()
-            print(f"{name:30}{ours:13.2f}{theirs:11.2f}{theirs / ours:8.2f}", flush=True)
+            print(f"{name:36}{ours:13.2f}{theirs:11.2f}{theirs / ours:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ FAMILIES: dict[str, list[Kwargs]] = {
     "Muon": [
         {"learning_rate": 0.02},
         {"learning_rate": 0.02, "momentum": 0.8, "weight_decay": 0, "nesterov": False},
-        {"learning_rate": 0.02, "weight_decay": 0.2, "ns_steps": 2},
+        {"learning_rate": 0.02, "weight_decay": 0.2, "ns_steps": 2, "ns_dtype": None},
     ],
 }
 

@@ -287,7 +287,8 @@ SCALARS = [
     (cls, name)
     for cls in public_optimizers()
     for name, value in cls(0.1).hyperparameters.items()
-    if name == "learning_rate" or (not isinstance(value, (bool, tuple)) and name not in ("ns_steps", "relative_step"))
+    if name == "learning_rate"
+    or (not isinstance(value, (bool, tuple)) and name not in ("ns_steps", "ns_dtype", "relative_step"))
 ]
 PAIRS = [
     (cls, name)

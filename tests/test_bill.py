@@ -155,3 +155,76 @@ def test_sums_of_micro_batches_are_on_the_bill(layout, storage, every, cls):
 def test_what_cannot_be_trained_has_no_bill():
     with pytest.raises(gs.DtypeError, match=r"params\['a'\] has dtype int64"):
         gs.SGD(0.1).memory({"a": np.zeros(3, int)})
+
+
+def two_matrices(dtype: Any = None) -> Any:
+    """A rule that orthogonalizes twice; the second time in another dtype."""
+
+    @gs.rule
+    def Twice(w: Any, g: Any, *, learning_rate: Any) -> Any:
+        if w.ndim < 2:
+            return w - learning_rate * g
+        update = gs.orthogonalize(g, 3) + gs.orthogonalize(g * g, 2, dtype)
+        return w - learning_rate * update
+
+    return Twice(0.1)
+
+
+MATRICES = [
+    {"wide": (70, 300)},
+    {"square": (90, 90)},
+    {f"small {i}": (40, 50) for i in range(700)},  # more than fit into a stack
+    {"large": (400, 400), "small": (20, 30), "none": (0, 5), "vector": (3,)},
+]
+
+
+@pytest.mark.parametrize("shapes", MATRICES, ids=lambda shapes: str(next(iter(shapes.values()))))
+@pytest.mark.parametrize("rule", ["Muon", "Twice"])
+def test_every_matrix_of_a_rule_and_the_workspace_are_on_the_bill(shapes: Any, rule: str) -> None:
+    params, grads = ({n: np.ones(s, np.float32) for n, s in shapes.items()} for _ in range(2))
+    opt = gs.Muon(0.1) if rule == "Muon" else two_matrices()
+    bill = opt.memory(params)
+    real = allocated(lambda: opt.apply_gradients(grads, params))
+    assert bill.total <= real <= bill.total + TABLES * len(params)
+
+
+@pytest.mark.parametrize("shapes", MATRICES, ids=lambda shapes: str(next(iter(shapes.values()))))
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("rule", ["Muon", "Twice"])
+def test_a_workspace_of_pytorch_is_too(shapes: Any, dtype: Any, rule: str, monkeypatch: Any) -> None:
+    params, grads = ({n: torch.ones(s) for n, s in shapes.items()} for _ in range(2))
+    opt = gs.Muon(0.1, ns_dtype=dtype) if rule == "Muon" else two_matrices(dtype)
+    bill, empty = opt.memory(params), torch.empty
+    held: dict[torch.dtype, list[int]] = {}
+
+    def noted(size: int, dtype: torch.dtype) -> torch.Tensor:
+        held.setdefault(dtype, []).append(size)
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    matrices = allocated(lambda: opt.apply_gradients(grads, params))  # those that NumPy made for kernels
+    workspace = sum(max(sizes) * dtype.itemsize for dtype, sizes in held.items())
+    assert bill.scratch <= matrices + workspace <= bill.scratch + TABLES * len(params)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "dtype", "expected"),
+    [
+        ((90, 90), 1, None, 4 * (90 * 90 + 3 * 90 * 90)),  # the matrix; its product, A and P
+        ((90, 90), 3, None, 4 * 3 * (90 * 90 + 3 * 90 * 90)),
+        ((500, 400), 3, None, 4 * (3 * 500 * 400 + 500 * 400 + 2 * 400 * 400)),
+        ((300, 70), 2, None, 4 * 2 * (2 * 300 * 70 + 4 * 70 * 70)),  # two more: the square of P, and Q
+        ((300, 70), 1, "bfloat16", 4 * 300 * 70 + 2 * (2 * 300 * 70 + 2 * 70 * 70)),
+    ],
+)
+def test_no_more_is_taken_than_the_iteration_needs(shape: Any, count: int, dtype: Any, expected: int) -> None:
+    params = {str(i): torch.zeros(shape) for i in range(count)}
+    assert gs.Muon(0.1, ns_dtype=dtype).memory(params).scratch == expected
+
+
+def test_matrices_of_two_dtypes_have_a_workspace_each() -> None:
+    params = {"a": np.ones((400, 400), np.float32), "b": np.ones((400, 400), np.float16)}
+    opt = gs.Muon(0.1)
+    bill = opt.memory(params)
+    real = allocated(lambda: opt.apply_gradients({n: np.ones_like(w) for n, w in params.items()}, params))
+    assert bill.total <= real <= bill.total + TABLES * len(params)

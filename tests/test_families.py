@@ -107,7 +107,11 @@ def orthogonalized(x: Array, steps: int) -> Array:
     return x.T if tall else x
 
 
-def muon(w: Array, g: Array, s: Slots, t: int, lr: float, momentum=0.95, weight_decay=0.01, nesterov=True, ns_steps=5):
+def muon(
+    w: Array, g: Array, s: Slots, t: int, lr: float, momentum=0.95, weight_decay=0.01, nesterov=True, ns_steps=5,
+    ns_dtype=None,
+):  # fmt: skip
+    assert ns_dtype is None
     g = g + weight_decay * w
     s["v"] = momentum * s.get("v", 0.0) + (1 - momentum) * g
     update = (1 - momentum) * g + momentum * s["v"] if nesterov else s["v"]

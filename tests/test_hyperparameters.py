@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "relative_step": None,
         "warmup_init": False,
     },
-    "Muon": {"momentum": 0.95, "weight_decay": 0.01, "nesterov": True, "ns_steps": 5},
+    "Muon": {"momentum": 0.95, "weight_decay": 0.01, "nesterov": True, "ns_steps": 5, "ns_dtype": None},
 }
 
 

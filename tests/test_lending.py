@@ -181,6 +181,12 @@ def test_a_round_of_micro_batches_is_compiled() -> None:
     assert np.asarray(params["w"]).tolist() == [-2, -2, -2]
 
 
+def test_products_that_numpy_lacks_are_compiled() -> None:
+    opt, params = gs.Muon(0.1, ns_dtype="bfloat16", donate=True), {"w": jnp.ones((4, 6), "float32")}
+    opt.apply_gradients({"w": jnp.ones((4, 6), "float32")}, params)
+    assert not lent(opt)
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("cls", "kwargs"), configurations())
 def test_elsewhere_donated_arrays_go_through_the_compiled_step(cls: Any, kwargs: Any) -> None:

@@ -28,10 +28,12 @@ SHAPES = [(), (1,), (5,), (0,), (4, 3), (3, 4), (1, 6), (2, 4, 3), (2, 3, 2, 3)]
 NAMES = ["SGD", "RMSprop", "Adagrad", "AdaDelta", "Adam", "AdamW", "Adamax", "Lion", "Adafactor", "Muon"]
 FLOAT32 = 2.0**-23  # one ulp of 1
 SCHEDULES = ["exponential_decay", "step_decay", "cosine_decay", "linear_schedule", "join_schedules"]
+ADDED = {"ns_dtype"}  # arguments that MLX does not have
 CONFIGURATIONS = [
     pytest.param(name, kwargs, id=f"{name}({', '.join(f'{k}={v}' for k, v in kwargs.items())})")
     for name in NAMES
-    for kwargs in [*FAMILIES[name], *([{"learning_rate": 0.5}] if name == "Adafactor" else [])]
+    for row in [*FAMILIES[name], *([{"learning_rate": 0.5}] if name == "Adafactor" else [])]
+    for kwargs in [{k: v for k, v in row.items() if k not in ADDED}]
 ]
 
 
@@ -85,12 +87,14 @@ class TestInPlaceOfMlx:
             default = {p.name: tuple(p.default) if isinstance(p.default, list) else p.default for p in parameters}
             return [(p.name, p.kind, default[p.name]) for p in parameters]
 
-        assert arguments(ours) == arguments(theirs)
+        found, expected = arguments(ours), arguments(theirs)
+        assert found[: len(expected)] == expected
+        assert {argument for argument, *_ in found[len(expected) :]} <= ADDED
 
     @pytest.mark.parametrize("name", NAMES)
     def test_hyperparameters_are_attributes(self, name):
         opt, other = (make(library, name, learning_rate=0.5) for library in (ours, theirs))
-        for argument in list(inspect.signature(getattr(ours, name)).parameters)[1:]:
+        for argument in list(inspect.signature(getattr(theirs, name)).parameters)[1:]:
             expected = getattr(other, argument)
             assert getattr(opt, argument) == (tuple(expected) if isinstance(expected, list) else expected)
         assert opt.learning_rate.item() == 0.5

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, SupportsFloat, TypeAlias, cast, overload
+from typing import Any, ClassVar, NamedTuple, Protocol, SupportsFloat, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 
-from gradstep.errors import ArgumentTypeError, NonFiniteScalarError, OutOfRangeError
+from gradstep.errors import ArgumentTypeError, ConfigurationError, NonFiniteScalarError, OutOfRangeError
 from gradstep.learning_rate import LearningRate, Schedule
 from gradstep.program.graph import Trace
 
@@ -138,6 +138,9 @@ class Cell:
         if not self.check.holds(value):
             raise OutOfRangeError(f"{self.label} must be {self.check.text}, got {value!r}{origin}")
         return value
+
+
+Option = TypeVar("Option")
 
 
 class Owner(Protocol):
@@ -341,6 +344,35 @@ class Count(Field):
         return int(cast("int", value))
 
 
+class OneOf(Field):
+    """Configuration that is None or one of a few names."""
+
+    def __init__(self, default: object, choices: Sequence[str | None]) -> None:
+        super().__init__(default=default, kw_only=True)
+        self._choices = choices
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "OneOf": ...
+    @overload
+    def __get__(self, instance: Owner, owner: type) -> str | None: ...
+    def __get__(self, instance: Owner | None, owner: type) -> "OneOf | str | None":
+        return self if instance is None else instance.get_hyperparameter(self.name)
+
+    def __set__(self, instance: Owner, value: str | None) -> None:
+        instance.set_hyperparameters({self.name: value})
+
+    def configuration(self, label: str, value: object) -> str | None:
+        return check_choice(label, value, self._choices)
+
+
+def check_choice(label: str, value: object, choices: Sequence[Option]) -> Option:
+    """The value, which must be one of these."""
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    raise ConfigurationError(f"{label} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 class Static(Field):
     """Any configuration of a user's rule: booleans, strings, None, or what was declared static."""
 
@@ -394,6 +426,11 @@ def optional_flag(*, default: None) -> Any:
 def count(*, default: int) -> Any:
     """Declare a configuration number of at least 1."""
     return Count(default)
+
+
+def one_of(*, default: None, choices: Sequence[str | None]) -> Any:
+    """Declare configuration that is None or one of a few names."""
+    return OneOf(default, choices)
 
 
 def _is_sequence(value: object) -> bool:

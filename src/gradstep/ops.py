@@ -4,7 +4,9 @@ from typing import Any
 
 from gradstep.arrays.library import owner
 from gradstep.errors import RuleError
+from gradstep.hyperparameters import check_choice
 from gradstep.program.graph import Symbol
+from gradstep.program.newton_schulz import PRODUCT_DTYPES, Iteration, ProductDtype
 from gradstep.program.scalars import FUNCTIONS
 
 __all__ = [
@@ -168,12 +170,14 @@ def norm(x: Any) -> Any:
     return _statistic("norm", x)
 
 
-def orthogonalize(x: Any, steps: int = 5) -> Any:
+def orthogonalize(x: Any, steps: int = 5, dtype: ProductDtype = None) -> Any:
     """The nearest (semi-)orthogonal matrix to `x`, roughly, by Newton-Schulz iterations.
 
     Args:
         x: an array of at least two dimensions; more are flattened to (first, rest) meanwhile.
         steps: the number of iterations.
+        dtype: "bfloat16" for faster and coarser matrix products, which NumPy does not have; None for the dtype of
+            `x`.
 
     Example:
         >>> import gradstep as gs, numpy as np
@@ -182,11 +186,12 @@ def orthogonalize(x: Any, steps: int = 5) -> Any:
 
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
     """
+    iteration = Iteration(steps, check_choice("orthogonalize's dtype", dtype, PRODUCT_DTYPES))
     if isinstance(x, Symbol):
-        return x.trace.orthogonalize(x, steps)
+        return x.trace.orthogonalize(x, iteration)
     if 0 in x.shape:
         return x
-    return _statistic("orthogonalize", x.reshape(x.shape[0], -1), steps).reshape(x.shape)
+    return _statistic("orthogonalize", x.reshape(x.shape[0], -1), iteration).reshape(x.shape)
 
 
 def _apply(name: str, *args: Any) -> Any:

@@ -11,7 +11,7 @@ from gradstep.arrays.library import Choice, Form, Lender
 from gradstep.arrays.memory import bits_dtype
 from gradstep.errors import DtypeError
 from gradstep.program.formats import BYTES, EXPECTED
-from gradstep.program.newton_schulz import orthogonalized
+from gradstep.program.newton_schulz import Iteration, orthogonalized
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -52,10 +52,10 @@ class Jax:
         """See `Operations.norm`."""
         return jnp.sqrt(_sum(x * x, None)).astype(x.dtype)
 
-    def orthogonalize(self, x: Any, steps: int) -> Any:
-        """See `Operations.orthogonalize`. Products are formed in the dtype of `x`, on every device."""
+    def orthogonalize(self, x: Any, iteration: Iteration) -> Any:
+        """See `Operations.orthogonalize`. Products are formed in the dtype that is asked for, on every device."""
         with jax.default_matmul_precision("highest"):
-            return orthogonalized(x, steps, self.norm(x))
+            return orthogonalized(self, x, iteration)
 
     def value_and_grad(self, function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
         """See `Operations.value_and_grad`."""

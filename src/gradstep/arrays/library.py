@@ -8,6 +8,7 @@ import numpy as np
 
 from gradstep.arrays.memory import Integers, Memory
 from gradstep.errors import ArgumentTypeError
+from gradstep.program.newton_schulz import Iteration
 
 if TYPE_CHECKING:
     from gradstep.program.threads import Team
@@ -58,7 +59,7 @@ class Operations(Protocol):
         """The Euclidean norm."""
         ...
 
-    def orthogonalize(self, x: Any, steps: int) -> Any:
+    def orthogonalize(self, x: Any, iteration: Iteration) -> Any:
         """A matrix orthogonalized by Newton-Schulz iterations."""
         ...
 
@@ -73,6 +74,8 @@ class MemoryLibrary(Operations, Protocol):
     in_place: Literal[True]
     team: "Team | None"
     """The library's own threads, where kernels can run on them."""
+    multiplies_bfloat16: bool
+    """Whether it has matrix products in bfloat16."""
 
     def describe(self, array: Any, what: str) -> Memory:
         """Where the array lies; an error that begins with `what` for one that cannot take part."""

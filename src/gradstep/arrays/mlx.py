@@ -9,7 +9,7 @@ import numpy as np
 from gradstep.arrays.library import Form
 from gradstep.errors import DtypeError
 from gradstep.program.formats import BYTES, EXPECTED, NARROW
-from gradstep.program.newton_schulz import orthogonalized
+from gradstep.program.newton_schulz import Iteration, orthogonalized
 
 mx: Any = importlib.import_module("mlx.core")
 
@@ -61,9 +61,9 @@ class Mlx:
         """See `Operations.norm`."""
         return mx.sqrt(self.total(x * x))
 
-    def orthogonalize(self, x: Any, steps: int) -> Any:
+    def orthogonalize(self, x: Any, iteration: Iteration) -> Any:
         """See `Operations.orthogonalize`."""
-        return orthogonalized(x, steps, self.norm(x))
+        return orthogonalized(self, x, iteration)
 
     def value_and_grad(self, function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
         """See `Operations.value_and_grad`."""

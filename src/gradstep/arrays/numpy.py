@@ -13,7 +13,7 @@ from gradstep.arrays.numpy_objects import ObjectWatch, find_offsets
 from gradstep.errors import ArgumentTypeError, DtypeError
 from gradstep.program.blocks import sum_of_squares, sum_of_values
 from gradstep.program.formats import BYTES, EXPECTED
-from gradstep.program.newton_schulz import newton_schulz
+from gradstep.program.newton_schulz import Iteration, newton_schulz
 from gradstep.program.threads import Team
 
 Array = np.ndarray[Any, Any]
@@ -27,6 +27,7 @@ class NumPy:
     name = "NumPy"
     in_place: Literal[True] = True
     team: Team | None = None
+    multiplies_bfloat16 = False
 
     def call(self, name: str, *args: Any) -> Any:
         """See `Operations.call`."""
@@ -50,9 +51,11 @@ class NumPy:
         array = np.asarray(x)
         return array.dtype.type(math.sqrt(sum_of_squares(array)))
 
-    def orthogonalize(self, x: Any, steps: int) -> Any:
+    def orthogonalize(self, x: Any, iteration: Iteration) -> Any:
         """See `Operations.orthogonalize`."""
-        return newton_schulz(x.copy(), steps)
+        if iteration.dtype:
+            raise DtypeError(f"NumPy has no matrix products in {iteration.dtype}; leave the dtype out")
+        return newton_schulz(x.copy(), iteration)
 
     def value_and_grad(self, function: Callable[..., Any]) -> NoReturn:
         """See `Operations.value_and_grad`."""

@@ -16,7 +16,7 @@ from gradstep.arrays.torch_offsets import find_offsets
 from gradstep.arrays.torch_threads import find_team
 from gradstep.errors import ArgumentTypeError, DeviceError, DtypeError, RuleError, TracingError
 from gradstep.program.formats import BYTES, EXPECTED
-from gradstep.program.newton_schulz import newton_schulz
+from gradstep.program.newton_schulz import Iteration, newton_schulz
 from gradstep.program.threads import Team
 
 torch: Any = importlib.import_module("torch")
@@ -31,6 +31,7 @@ class Torch:
     name = "PyTorch"
     in_place: Literal[True] = True
     team: Team | None = find_team()
+    multiplies_bfloat16 = True
 
     def call(self, name: str, *args: Any) -> Any:
         """See `Operations.call`."""
@@ -62,9 +63,9 @@ class Torch:
             return x.new_tensor(NUMPY.norm(x.detach().numpy()))
         return x.double().square().sum().sqrt().to(x.dtype)
 
-    def orthogonalize(self, x: Any, steps: int) -> Any:
+    def orthogonalize(self, x: Any, iteration: Iteration) -> Any:
         """See `Operations.orthogonalize`."""
-        return newton_schulz(x.clone(), steps)
+        return newton_schulz(x.clone(), iteration)
 
     def value_and_grad(self, function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
         """See `Operations.value_and_grad`."""

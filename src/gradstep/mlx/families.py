@@ -7,6 +7,7 @@ import mlx.core as mx
 import gradstep as gs
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.mlx.optimizer import STAND_IN, Rate, RuleUpdate, State
+from gradstep.program.newton_schulz import ProductDtype
 
 
 class SGD(RuleUpdate):
@@ -422,9 +423,11 @@ class Muon(RuleUpdate):
         weight_decay: the factor of the L2 penalty's gradient, >= 0. Default: 0.01.
         nesterov: look ahead by one momentum step. Default: True.
         ns_steps: the number of iterations, >= 1. Default: 5.
+        ns_dtype: "bfloat16" to iterate in it, which is faster and coarser. Default: None, the dtype of the computation.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError, ArgumentTypeError: a value outside of its range, or no number.
+        ConfigurationError: an `ns_dtype` that there is not.
 
     Example:
         >>> import mlx.core as mx, gradstep.mlx as optim
@@ -440,6 +443,7 @@ class Muon(RuleUpdate):
     weight_decay = gs.Muon.weight_decay
     nesterov = gs.Muon.nesterov
     ns_steps = gs.Muon.ns_steps
+    ns_dtype = gs.Muon.ns_dtype
 
     def __init__(
         self,
@@ -448,8 +452,10 @@ class Muon(RuleUpdate):
         weight_decay: float = 0.01,
         nesterov: bool = True,
         ns_steps: int = 5,
+        ns_dtype: ProductDtype = None,
     ) -> None:
         definition = gs.Muon(
-            STAND_IN, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, ns_steps=ns_steps
-        )
+            STAND_IN,
+            momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, ns_steps=ns_steps, ns_dtype=ns_dtype,
+        )  # fmt: skip
         super().__init__(definition, learning_rate)

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 from gradstep.errors import ArgumentTypeError
 from gradstep.ops import abs, maximum, sqrt
 from gradstep.optax.transformation import Injected, from_optimizer, jax
+from gradstep.program.newton_schulz import ProductDtype
 from gradstep.rules.adadelta import AdaDelta
 from gradstep.rules.adafactor import Adafactor
 from gradstep.rules.adam import Adam, AdamW
@@ -318,6 +319,7 @@ def muon(
     weight_decay: Numeric = 0.01,
     nesterov: bool = True,
     ns_steps: int = 5,
+    ns_dtype: ProductDtype = None,
 ) -> Any:
     """Muon with the formula and the arguments of `gradstep.Muon`, for every parameter that it gets.
 
@@ -325,7 +327,7 @@ def muon(
 
     Args:
         learning_rate: a number, an array without dimensions, or a schedule of optax or gradstep.
-        momentum, weight_decay, nesterov, ns_steps: see `gradstep.Muon`.
+        momentum, weight_decay, nesterov, ns_steps, ns_dtype: see `gradstep.Muon`.
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.
@@ -346,6 +348,6 @@ def muon(
     return from_optimizer(
         Muon(
             _given(learning_rate), momentum=_given(momentum), weight_decay=_given(weight_decay),
-            nesterov=nesterov, ns_steps=ns_steps,
+            nesterov=nesterov, ns_steps=ns_steps, ns_dtype=ns_dtype,
         )
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """Programs spelled as formulas, for people."""
 
 from collections.abc import Mapping
+from typing import cast
 
 from gradstep.program.graph import COMPARISONS, Symbol
+from gradstep.program.newton_schulz import Iteration
 
 INFIX = {name: (sign, 0) for sign, name in COMPARISONS.items()} | {
     "add": ("+", 1), "subtract": ("-", 1), "multiply": ("*", 2), "divide": ("/", 2), "power": ("**", 4),
@@ -39,7 +41,9 @@ def _spell(symbol: Symbol, names: Mapping[int, str]) -> tuple[str, int]:
     if symbol.op == "mean" and symbol.attribute is not None:
         parts.append(f"axis={symbol.attribute}")
     if symbol.op == "orthogonalize":
-        parts.append(f"steps={symbol.attribute}")
+        iteration = cast("Iteration", symbol.attribute)
+        parts.append(f"steps={iteration.steps}")
+        parts += [f"dtype={iteration.dtype}"] if iteration.dtype else []
     return f"{symbol.op}({', '.join(parts)})", 9
 
 

@@ -5,6 +5,7 @@ from enum import Enum, IntEnum
 from typing import Any, NoReturn
 
 from gradstep.errors import RuleError
+from gradstep.program.newton_schulz import Iteration
 
 
 class Kind(IntEnum):
@@ -233,11 +234,11 @@ class Trace:
             raise RuleError(f"{op}(x) takes an array of the parameter's shape, got {x!r}")
         return self.add(op, (x,), None, Kind.WHOLE)
 
-    def orthogonalize(self, x: Symbol, steps: int) -> Symbol:
+    def orthogonalize(self, x: Symbol, iteration: Iteration) -> Symbol:
         """The orthogonalized matrix of `x`."""
         if x.kind is not Kind.FULL or x.boolean or self.ndim < 2:
             raise RuleError(f"orthogonalize(x) takes an array of at least two dimensions, got {x!r}; ask w.ndim first")
-        return self.add("orthogonalize", (x,), steps, Kind.FULL)
+        return self.add("orthogonalize", (x,), iteration, Kind.FULL)
 
     def add(self, op: str, args: tuple[Symbol, ...], attribute: Any, kind: Kind, *, boolean: bool = False) -> Symbol:
         """The symbol of this operation, new or known."""

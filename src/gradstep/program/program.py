@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from gradstep.lazy import computed_once
 from gradstep.program.graph import REDUCTIONS, Kind, Symbol, reachable
+from gradstep.program.newton_schulz import ProductDtype
 from gradstep.program.scalars import ScalarExpressions
 
 
@@ -129,6 +130,11 @@ class Program:
             if symbol.op == "orthogonalize":
                 following[self.levels[symbol.args[0].index]].append(symbol)
         return following
+
+    @computed_once
+    def product_dtypes(self) -> set[ProductDtype]:
+        """The dtypes in which matrix operations form their products; None is that of the computation."""
+        return {symbol.attribute.dtype for following in self.matrices for symbol in following}
 
     @computed_once
     def small_outputs(self) -> dict[str, Symbol]:

@@ -15,12 +15,14 @@ from gradstep.hyperparameters import (
     Count,
     Field,
     Flag,
+    OneOf,
     OptionalFlag,
     OptionalScalar,
     Pair,
     Scalar,
     count,
     flag,
+    one_of,
     optional_flag,
     optional_scalar,
     pair,
@@ -57,15 +59,15 @@ from gradstep.storage_options import (
 
 __all__ = [
     "DECAY", "FINITE", "NON_NEGATIVE", "NON_POSITIVE", "POSITIVE",
-    "Count", "Flag", "Kind", "OptionalFlag", "OptionalScalar", "Pair", "RuleOptimizer", "Scalar",
-    "count", "flag", "optional_flag", "optional_scalar", "pair", "scalar",
+    "Count", "Flag", "Kind", "OneOf", "OptionalFlag", "OptionalScalar", "Pair", "RuleOptimizer", "Scalar",
+    "count", "flag", "one_of", "optional_flag", "optional_scalar", "pair", "scalar",
 ]  # fmt: skip
 
 
 @dataclass_transform(
     kw_only_default=True,
     field_specifiers=(
-        scalar, optional_scalar, pair, flag, optional_flag, count,
+        scalar, optional_scalar, pair, flag, optional_flag, count, one_of,
         clip_norm_option, nonfinite_option, donate_option, frozen_option,
         slot_dtype_option, rounding_option, master_weights_option, seed_option,
     ),

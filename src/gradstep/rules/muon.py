@@ -3,7 +3,20 @@
 from typing import Any
 
 from gradstep.ops import maximum, orthogonalize, sqrt
-from gradstep.rules.base import DECAY, NON_NEGATIVE, Count, Flag, RuleOptimizer, Scalar, count, flag, scalar
+from gradstep.program.newton_schulz import PRODUCT_DTYPES, ProductDtype
+from gradstep.rules.base import (
+    DECAY,
+    NON_NEGATIVE,
+    Count,
+    Flag,
+    OneOf,
+    RuleOptimizer,
+    Scalar,
+    count,
+    flag,
+    one_of,
+    scalar,
+)
 
 
 class Muon(RuleOptimizer):
@@ -26,6 +39,8 @@ class Muon(RuleOptimizer):
         weight_decay: the factor of the L2 penalty's gradient, >= 0.
         nesterov: look ahead by one momentum step.
         ns_steps: the number of iterations, >= 1.
+        ns_dtype: "bfloat16" to iterate in it, which is faster where the processor has such products, and leaves the
+            direction 1 to 2% off; None for the dtype of the computation. NumPy has no such products.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
@@ -38,6 +53,8 @@ class Muon(RuleOptimizer):
 
     Raises:
         OutOfRangeError, NonFiniteScalarError: a value outside of its range, or not finite.
+        ConfigurationError: an `ns_dtype` that there is not.
+        DtypeError: `ns_dtype` with NumPy arrays, at the first step.
 
     Example:
         >>> import numpy as np, gradstep as gs
@@ -57,11 +74,13 @@ class Muon(RuleOptimizer):
     weight_decay: Scalar = scalar(default=0.01, check=NON_NEGATIVE, removable=True)
     nesterov: Flag = flag(default=True)
     ns_steps: Count = count(default=5)
+    ns_dtype: OneOf = one_of(default=None, choices=PRODUCT_DTYPES)
 
     @staticmethod
     def rule(
         w: Any, g: Any, v: Any, *,
         learning_rate: Any, momentum: Any, weight_decay: Any, nesterov: bool, ns_steps: int,
+        ns_dtype: ProductDtype,
     ) -> Any:  # fmt: skip
         if weight_decay:
             g = g + weight_decay * w
@@ -71,4 +90,4 @@ class Muon(RuleOptimizer):
             return w - learning_rate * update, v
         rows, columns = w.shape[-2:]
         scale = learning_rate * sqrt(maximum(1.0, rows / columns))
-        return w - scale * orthogonalize(update, ns_steps), v
+        return w - scale * orthogonalize(update, ns_steps, ns_dtype), v

@@ -20,7 +20,7 @@ from gradstep.step.launch import Launch, flat_chunks, matrix_chunks, stack_chunk
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import Match
 from gradstep.step.scalars import ScalarTable, Scales
-from gradstep.step.sizes import blocks_summed, count_blocks, count_matrices, matrix_shape, small_shape
+from gradstep.step.sizes import blocks_summed, count_blocks, count_matrices, matrix_shape, small_shape, stack_shapes
 
 Array = np.ndarray[Any, Any]
 
@@ -172,9 +172,17 @@ class Batch:
     def _lay_out_matrices(self) -> None:
         for symbol in [symbol for following in self.program.matrices for symbol in following]:
             place = place_of(symbol)
-            arrays = [np.empty(matrix_shape(match.shape), self.dtype) for match in self.matches]
-            self._place(place, _addresses(arrays))
-            self._matrices[place] = [self._library.from_bits(array, array.dtype.name) for array in arrays]
+            stacks = [np.empty(shape, self.dtype) for shape in stack_shapes(match.shape for match in self.matches)]
+            self._place(place, self._spread(stacks))
+            self._matrices[place] = [self._library.from_bits(stack, stack.dtype.name) for stack in stacks]
+
+    def _spread(self, stacks: Sequence[Array]) -> Integers:
+        """The address of each tensor's matrix, from the next place in a stack of its shape."""
+        places: dict[tuple[int, int], list[int]] = {}
+        for stack in stacks:
+            places.setdefault(stack.shape[-2:], []).extend(matrix.ctypes.data for matrix in stack)
+        turns = {shape: iter(addresses) for shape, addresses in places.items()}
+        return np.array([next(turns[matrix_shape(match.shape)]) for match in self.matches], np.int64)
 
     def _place(self, place: str, addresses: Integers) -> None:
         self.addresses[place] = addresses

@@ -14,8 +14,8 @@ from gradstep.program.newton_schulz import workspace_shapes
 from gradstep.program.program import Program, small_inputs
 from gradstep.step.forms import describe_floats
 from gradstep.step.leaf import Leaf
-from gradstep.step.match import check_parameter, walking_order
-from gradstep.step.sizes import count_blocks, matrix_shape, small_shape, sums_count
+from gradstep.step.match import check_parameter, check_products, walking_order
+from gradstep.step.sizes import count_blocks, small_shape, stack_shapes, sums_count
 from gradstep.step.storage import parts_of
 
 
@@ -54,15 +54,16 @@ def bill(named: Mapping[str, Any], routes: Sequence[tuple[Leaf, list[str]]], *, 
     library = recognise(params=named)
     total = MemoryBill()
     for leaf, names in routes:
-        workspaces: dict[Any, int] = {}  # what matrices of one batch take turns in
+        batches: dict[Any, tuple[Program, list[Sequence[int]]]] = {}
         for name in names:
             if library.in_place is True:
-                total += _in_memory(library, leaf, name, named[name], workspaces, inspected=inspected)
+                total += _in_memory(library, leaf, name, named[name], batches, inspected=inspected)
             else:
                 form = describe_floats(library, named[name], f"params[{name!r}]")
                 program = leaf.program(name, len(form.shape))
                 total += _state(program, leaf.storage.formats(program.slots, form.dtype, form.dtype), form.shape)
-        total += MemoryBill(scratch=sum(workspaces.values()))
+        for (_, dtype), (program, shapes) in batches.items():
+            total += MemoryBill(scratch=_workspace(program, compute_dtype(dtype), shapes))
     return total
 
 
@@ -73,7 +74,7 @@ def _state(program: Program, formats: Mapping[str, Format], shape: Sequence[int]
 
 
 def _in_memory(
-    library: MemoryLibrary, leaf: Leaf, name: str, parameter: Any, workspaces: dict[Any, int], *, inspected: bool
+    library: MemoryLibrary, leaf: Leaf, name: str, parameter: Any, batches: dict[Any, Any], *, inspected: bool
 ) -> MemoryBill:
     memory = check_parameter(library, name, parameter)
     program = leaf.program(name, len(memory.shape))
@@ -84,12 +85,19 @@ def _in_memory(
         scratch += 2 * memory.size * memory.itemsize  # parameter and gradient
     if inspected:
         scratch += 8 * count_blocks(memory.size, BLOCK)
-    matrices = sum(map(len, program.matrices))
-    if matrices and memory.size:
-        scratch += matrices * memory.size * BYTES[dtype]
-        shapes = workspace_shapes(*matrix_shape(memory.shape))
-        workspaces.update({(id(program), dtype, item): math.prod(item[1]) * BYTES[dtype] for item in shapes.items()})
+    scratch += sum(map(len, program.matrices)) * memory.size * BYTES[dtype]
+    check_products(library, name, program)
+    batches.setdefault((id(program), memory.dtype), (program, []))[1].append(memory.shape)
     return state + MemoryBill(scratch=scratch)
+
+
+def _workspace(program: Program, dtype: str, shapes: Sequence[Sequence[int]]) -> int:
+    """What the matrices of a batch take turns in: for each dtype as much as the largest needs."""
+    most: dict[str, int] = {}
+    for product_dtype in program.product_dtypes:
+        sizes = [sum(map(math.prod, workspace_shapes(stack, product_dtype))) for stack in stack_shapes(shapes)]
+        most[product_dtype or dtype] = max(sizes)
+    return sum(size * BYTES[kept] for kept, size in most.items())
 
 
 def _statistics(program: Program, shape: Sequence[int], itemsize: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from gradstep.arrays.library import OTHER, STAYED, Found, FunctionalLibrary
+from gradstep.arrays.library import OTHER, STAYED, Found, FunctionalLibrary, Lender
 from gradstep.arrays.memory import Integers
 from gradstep.errors import AliasedParametersError
 from gradstep.step.compiled import CompiledStep
@@ -84,10 +84,9 @@ class FunctionalPlan:
             for name in share.names:
                 check_gradient(library, name, grads[name], share.forms[name])
         totals = intake.totals(self.names)
-        slots = [array for share in self.shares for row in share.slots() for array in row.values()]
-        lender = library.lender if donating and not totals else None
         self._way: Way
-        if lender is not None and lender.can_lend([*params.values(), *slots], [*grads.values()]):
+        lender = library.lender if donating and not totals else None
+        if lender is not None and self._can_lend(lender, params, grads):
             self._way = LentStep(lender, self.shares, params, grads, intake, clipped=clipped, nonfinite=nonfinite)
         else:
             self._way = CompiledStep(
@@ -96,6 +95,13 @@ class FunctionalPlan:
             )  # fmt: skip
         self.shown_slots: list[Any] = []
         self.shown_addresses: Integers = np.zeros(0, np.int64)
+
+    def _can_lend(self, lender: Lender, params: Mapping[str, Any], grads: Mapping[str, Any]) -> bool:
+        """Whether NumPy can take this step, in the memory of these arrays."""
+        slots = [array for share in self.shares for row in share.slots() for array in row.values()]
+        programs = [program for share in self.shares for program in share.programs.values()]
+        coarse = any("bfloat16" in program.product_dtypes for program in programs)
+        return not coarse and lender.can_lend([*params.values(), *slots], [*grads.values()])
 
     @property
     def published(self) -> bool:

@@ -103,6 +103,15 @@ def match(
     return Match(name, program, formats, reading, order, strides, memory, found, total)
 
 
+def check_products(library: MemoryLibrary, name: str, program: Program) -> None:
+    """Raise if the library has no matrix products in the dtype that the program asks for."""
+    if "bfloat16" in program.product_dtypes and not library.multiplies_bfloat16:
+        raise DtypeError(
+            f"{program.name} is told to multiply matrices in bfloat16, and params[{name!r}] belongs to {library.name}, "
+            "which has no such products; leave ns_dtype out, or pass arrays of PyTorch, JAX or MLX"
+        )
+
+
 def walking_order(memory: Memory, program: Program, formats: Mapping[str, Format]) -> tuple[int, ...]:
     """The order of axes, slow to fast, in which kernels walk: the parameter's own where the program is free."""
     return tuple(range(len(memory.shape))) if are_ordered(program, formats) else tuple(axis_order(memory))
@@ -117,6 +126,7 @@ def make_slots(
     slots: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The arrays of the state that the program keeps: those there are, checked, and zeros for the others."""
+    check_products(library, name, program)
     walked = walking_order(parameter, program, formats)
     found: dict[str, Any] = {}
     for part in parts_of(program, formats, parameter.shape):

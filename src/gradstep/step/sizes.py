@@ -1,11 +1,13 @@
 """How large the buffers are that a step needs beside parameters, gradients and slots."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from gradstep.program.blocks import BLOCK
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.kernel import ROWS
+from gradstep.program.newton_schulz import count_stacked
 from gradstep.program.program import Program
 
 
@@ -47,3 +49,12 @@ def sums_count(program: Program, reduction: Symbol, shape: Sequence[int]) -> int
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """The matrix as which a tensor is orthogonalized."""
     return (shape[0], math.prod(shape[1:]))
+
+
+def stack_shapes(shapes: Iterable[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """The stacks in which tensors of these shapes are orthogonalized: equal matrices together, if they are small."""
+    stacks: list[tuple[int, int, int]] = []
+    for (rows, columns), count in Counter(map(matrix_shape, shapes)).items():
+        most = count_stacked(rows, columns)
+        stacks += [(min(most, count - start), rows, columns) for start in range(0, count, most)]
+    return stacks

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from gradstep.arrays.torch import TORCH
 from gradstep.program.graph import REDUCTIONS, Kind, Symbol
+from gradstep.program.newton_schulz import Iteration
 from gradstep.program.operators import OPERATORS
 from gradstep.program.program import Program
 
@@ -62,9 +65,12 @@ def _compute(symbol: Symbol, args: list[Any], coefficients: Coefficients) -> Any
     return TORCH.call(symbol.op, *args)
 
 
-def orthogonalize(x: Any, steps: int, coefficients: Coefficients) -> Any:
+def orthogonalize(x: Any, iteration: Iteration, coefficients: Coefficients) -> Any:
     """The Newton-Schulz iteration on a matrix whose norm is 1, formed on its shorter side."""
     a, b, c = coefficients
+    steps, dtype = iteration
+    if dtype is not None:
+        return orthogonalize(x.to(getattr(torch, dtype)), Iteration(steps), coefficients).to(x.dtype)
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     for _ in range(steps):
