@@ -42,6 +42,8 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 ROUNDED = ("narrow", "int8", "float16")  # where one unit in the last place may become a whole code
 
+PRODUCTS = ("a round of a nested one",)  # each library has its own: they agree up to rounding
+
 # In units of the last place of max(|w|, 1), as in test_functional.py; the nested one has matrix products.
 LIMITS = {("jax", "AdamW"): 4, ("jax", "float64"): 4, ("mlx", "AdamW"): 0, ("mlx", "float64"): 0}
 
@@ -83,14 +85,21 @@ def test_state_goes_on_in_every_library(source: str, name: str, tmp_path: Path) 
             assert (everything(late), bits_of(again)) == (everything(twin), bits_of(others))
             assert landed(late) == {library}
             reference = reference or (everything(twin), bits_of(others), others, twin)
-            assert (everything(twin), bits_of(others)) == reference[:2]
+            if name in PRODUCTS:
+                assert_all_near(twin, others, reference[3], reference[2], 60)
+            else:
+                assert (everything(twin), bits_of(others)) == reference[:2]
             continue
         assert (twin.step, twin.steps, landed(twin)) == (reference[3].step, reference[3].steps, {library})
         assert everything(twin).get("micro_step") == reference[0].get("micro_step")
         if name not in ROUNDED:
-            assert_near(others, reference[2], LIMITS.get((library, name), 60))
-            for parameter, slots in twin.state.items():
-                assert_near(slots, reference[3].state[parameter], LIMITS.get((library, name), 60))
+            assert_all_near(twin, others, reference[3], reference[2], LIMITS.get((library, name), 60))
+
+
+def assert_all_near(opt: Any, params: Any, reference: Any, expected: Any, limit: int) -> None:
+    assert_near(params, expected, limit)
+    for parameter, slots in opt.state.items():
+        assert_near(slots, reference.state[parameter], limit)
 
 
 def assert_near(found: Any, expected: Any, limit: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
 RUN = 3  # iterations on one Gram matrix: each makes the noise of its small eigenvalues a**2 = 12 times larger
-STACKED = 1 << 17  # elements of the largest matrix that is computed in a stack with others
+STACKED = 1 << 18  # elements of the largest matrix that is computed in a stack with others
 STACK = 1 << 20  # elements of a stack
 HALVED = 384  # rows from which a symmetric product is formed in halves
 
