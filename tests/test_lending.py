@@ -14,7 +14,7 @@ from everywhere import double_precision  # noqa: F401
 from families import MATRIX_FAMILIES, assert_same_bits, configurations, in_both_dtypes
 from gradstep.arrays import jax_lending
 
-SHAPES = {"scalar": (), "vector": (7,), "wide": (12, 33), "tall": (33, 12), "deep": (3, 4, 5)}
+SHAPES = {"scalar": (), "empty": (0, 3), "vector": (7,), "wide": (12, 33), "tall": (33, 12), "deep": (3, 4, 5)}
 
 
 def arrays(seed: int, dtype: str = "float32", shapes: Any = SHAPES) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def on_jax(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def lent(opt: gs.Optimizer) -> bool:
-    return type(opt._plan.plan._way).__name__ == "LentStep"
+    return opt._plan.plan.lent
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ OPTIONS = [{}, {"clip_norm": 0.5}, {"nonfinite": "skip"}, {"clip_norm": 0.5, "no
 @pytest.mark.parametrize(("cls", "kwargs", "dtype"), in_both_dtypes(configurations()))
 def test_the_bits_are_those_of_numpy(cls: Any, kwargs: Any, dtype: str) -> None:
     for options in OPTIONS:
-        shapes = SHAPES if cls in MATRIX_FAMILIES else {"scalar": (), "wide": (12, 33)}
+        shapes = SHAPES if cls in MATRIX_FAMILIES else {"scalar": (), "empty": (0,), "wide": (12, 33)}
         ours, numpys = cls(**kwargs, **options, donate=True), cls(**kwargs, **options)
         expected, params = arrays(0, dtype, shapes), on_jax(arrays(0, dtype, shapes))
         for step in range(3):
@@ -110,32 +110,76 @@ def test_row_statistics_that_somebody_views_move_elsewhere(factored: bool) -> No
 
 
 def test_whoever_still_reads_gets_the_old_values() -> None:
-    @functools.partial(jax.jit)
+    @jax.jit
     def slow(w: Any) -> Any:
-        return functools.reduce(lambda product, _: product @ w, range(20), w)
+        return functools.reduce(lambda product, _: product @ w, range(60), w)
 
-    params = {"w": jnp.eye(500)}
+    opt, params, g = gs.SGD(1.0, donate=True), {"w": jnp.eye(500, dtype="float32")}, jnp.ones((500, 500), "float32")
+    opt.apply_gradients({"w": 0 * g}, params)
     jax.block_until_ready(slow(params["w"]))
     result = slow(params["w"])
-    gs.SGD(1.0, donate=True).apply_gradients({"w": jnp.ones((500, 500))}, params)
+    assert not result.is_ready()
+    opt.apply_gradients({"w": g}, params)
+    assert lent(opt)
     assert (np.asarray(result) == np.eye(500)).all()
     assert (np.asarray(params["w"]) == np.eye(500) - 1).all()
 
 
-def test_parameters_may_be_other_arrays_in_every_step() -> None:
-    opt, numpys = gs.Adam(0.1, donate=True), gs.Adam(0.1)
+@pytest.mark.parametrize("policy", ["allow", "raise"])
+def test_parameters_may_be_other_arrays_in_every_step(policy: Any) -> None:
+    opt, numpys = gs.Adam(0.1, nonfinite=policy, donate=True), gs.Adam(0.1)
     for step in range(3):
         params, expected = on_jax(arrays(step)), arrays(step)
         opt.apply_gradients(on_jax(arrays(step + 9)), params)
         numpys.apply_gradients(arrays(step + 9), expected)
+        assert lent(opt)
         for name, array in expected.items():
             assert_same_bits(np.array(params[name]), array)
 
 
+def test_a_gradient_may_lie_where_a_former_parameter_lay() -> None:
+    opt, first = gs.SGD(1.0, nonfinite="raise", donate=True), {"w": jnp.ones(64)}
+    opt.apply_gradients({"w": jnp.ones(64)}, first)
+    second = {"w": jnp.full(64, 5.0)}
+    opt.apply_gradients({"w": first["w"] + 1}, second)
+    opt.apply_gradients({"w": first["w"]}, second)
+    assert (np.asarray(second["w"]) == 4).all()
+
+
+def test_an_error_while_planning_anew_leaves_no_stale_addresses() -> None:
+    opt, first, second = gs.SGD(1.0, donate=True), {"w": jnp.full(64, -3.0)}, {"w": jnp.full(64, 5.0)}
+    opt.apply_gradients({"w": jnp.ones(64)}, first)
+    kept = first["w"]
+    with pytest.raises(gs.AliasedParametersError, match=r"grads\['w'\] and params.*or pass donate=False"):
+        opt.apply_gradients({"w": jax.dlpack.from_dlpack(second["w"])}, second)
+    opt.apply_gradients({"w": jnp.ones(64)}, second)
+    assert (np.asarray(second["w"]) == 4).all()
+    assert (np.asarray(kept) == -4).all()
+
+
+def test_arrays_that_a_transformation_has_caught_are_refused() -> None:
+    opt, params = gs.SGD(1.0, donate=True), {"w": jnp.ones(3)}
+    for _ in range(2):
+        before, step = params["w"], opt.step
+        with pytest.raises(gs.TracingError, match=r"gradstep\.optax"):
+            jax.jit(lambda: opt.apply_gradients({"w": jnp.ones(3)}, params)["w"])()
+        assert params["w"] is before
+        assert opt.step == step
+        assert not before.is_deleted()
+        opt.apply_gradients({"w": jnp.ones(3)}, params)
+        assert lent(opt)
+    caught = {"w": jnp.ones(3)}
+    with pytest.raises(gs.TracingError):
+        jax.jit(lambda: opt.apply_gradients(caught, params)["w"])()
+
+
 def test_memory_of_numpy_behind_an_array_is_not_written() -> None:
-    memory = np.ones(4096, np.float32)
-    params = {"w": jax.dlpack.from_dlpack(memory)}
-    gs.SGD(0.5, donate=True).apply_gradients({"w": jnp.ones(4096)}, params)
+    block = np.ones(4096 + 16, np.float32)
+    memory = block[-block.ctypes.data % 64 // 4 :][:4096]
+    opt, params = gs.SGD(0.5, donate=True), {"w": jax.dlpack.from_dlpack(memory)}
+    assert params["w"].unsafe_buffer_pointer() == memory.ctypes.data
+    opt.apply_gradients({"w": jnp.ones(4096)}, params)
+    assert lent(opt)
     assert (memory == 1).all()
     assert (np.asarray(params["w"]) == 0.5).all()
 
@@ -166,11 +210,15 @@ def test_gradients_in_another_order_are_read_in_theirs() -> None:
     assert (np.asarray(params["w"]) == -4 * np.arange(24).reshape(4, 6)).all()
 
 
-def test_where_nothing_is_compiled_arrays_are_copied() -> None:
-    params, w = {}, jnp.ones(3)
-    params["w"] = w
+@pytest.mark.parametrize("planned", [False, True])
+def test_where_nothing_is_compiled_arrays_are_copied(planned: bool) -> None:
+    opt, params = gs.SGD(0.5, donate=True), {"w": jnp.ones(3)}
+    if planned:
+        opt.apply_gradients({"w": jnp.zeros(3)}, params)
+    w = params["w"]
     with jax.disable_jit():
-        gs.SGD(0.5, donate=True).apply_gradients({"w": jnp.ones(3)}, params)
+        opt.apply_gradients({"w": jnp.ones(3)}, params)
+    assert lent(opt) is planned
     assert (np.asarray(w).tolist(), np.asarray(params["w"]).tolist()) == ([1, 1, 1], [0.5, 0.5, 0.5])
 
 

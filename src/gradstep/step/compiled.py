@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradstep.arrays.library import Form, FunctionalLibrary
+from gradstep.errors import AliasedParametersError
 from gradstep.lazy import computed_once
 from gradstep.program.formats import Format, compute_dtype
 from gradstep.program.graph import Kind, Reading
@@ -19,6 +20,11 @@ from gradstep.step.packing import Packing, round_keys, rounded_places
 from gradstep.step.scalars import ScalarTable, Scales
 from gradstep.step.share import FunctionalShare, Slots
 from gradstep.step.storage import parts_of
+
+DONATED_TWICE = (
+    "a parameter or slot shares its memory with another one or with a gradient, so it cannot be donated; "
+    "pass copies, or donate=False"
+)
 
 
 class Task(NamedTuple):
@@ -126,7 +132,12 @@ class CompiledStep:
         # Each argument has its price, so there is nothing for what is not needed.
         facts = [self._told(max_norm, scales)] if self._recipe.looking else []
         known = [found.scale, found.finite] if found else []
-        new, new_slots, seen = self._step(parameters, slots, gradients, totals, tables, self._keys(), facts, known)
+        try:
+            new, new_slots, seen = self._step(parameters, slots, gradients, totals, tables, self._keys(), facts, known)
+        except ValueError as error:  # two arrays on one buffer
+            if "donate" not in str(error):
+                raise
+            raise AliasedParametersError(DONATED_TWICE) from error
         return new, new_slots, Look(*seen) if seen else found
 
     def _keys(self) -> list[Any]:
@@ -172,8 +183,8 @@ def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -
         parameters: list[Any], slots: list[Any], gradients: list[Any], totals: list[Any], tables: list[Any],
         keys: list[Any], facts: list[Any], seen: list[Any],
     ) -> tuple[list[Any], list[Any], list[Any]]:  # fmt: skip
-        found = list(look(library, readings, gradients, totals, *facts)) if recipe.looking else []
-        scale, take = (found[2], found[1]) if found else seen or (None, None)
+        found = look(library, readings, gradients, totals, *facts) if recipe.looking else None
+        scale, take = (found.scale, found.finite) if found else seen or (None, None)
         rest, unused = iter(totals), iter(range(len(keys[0]) if keys else 0))
         new_parameters: list[Any] = []
         new_slots: list[dict[str, Any]] = []
@@ -200,6 +211,6 @@ def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -
             new |= {name: library.keep_place(new[name], task.form) for name in full}
             new_parameters.append(new.pop("w"))
             new_slots.append(new)
-        return new_parameters, new_slots, found
+        return new_parameters, new_slots, list(found or ())
 
     return library.compile(step, donated=(0, 1) if donating else ())

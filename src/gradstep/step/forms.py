@@ -99,10 +99,15 @@ def check_gradient(library: FunctionalLibrary, name: str, gradient: Any, wanted:
 def refuse_tracing(library: FunctionalLibrary, arrays: list[Any]) -> None:
     """Raise `TracingError` for arrays inside of a transformation."""
     if library.is_tracing(arrays):
-        raise TracingError(
-            f"these arrays stand for values inside a transformation of {library.name}, where the step counter would be "
-            f"frozen; step outside of it, or use gradstep.{library.adapter} inside"
-        )
+        raise tracing_error(library)
+
+
+def tracing_error(library: FunctionalLibrary) -> TracingError:
+    """What is said about a step inside of a transformation."""
+    return TracingError(
+        f"these arrays stand for values inside a transformation of {library.name}, where the step counter would be "
+        f"frozen; step outside of it, or use gradstep.{library.adapter} inside"
+    )
 
 
 def refuse_shared(named: Mapping[str, Any], written: Container[str]) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from gradstep.arrays.library import OTHER, STAYED, Found, FunctionalLibrary, Lender
 from gradstep.arrays.memory import Integers
 from gradstep.errors import AliasedParametersError
-from gradstep.step.compiled import CompiledStep
-from gradstep.step.forms import check_devices, check_gradient, refuse_tracing
+from gradstep.step.compiled import DONATED_TWICE, CompiledStep
+from gradstep.step.forms import check_devices, check_gradient, refuse_tracing, tracing_error
 from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.lent import LentStep
@@ -104,6 +104,11 @@ class FunctionalPlan:
         return not coarse and lender.can_lend([*params.values(), *slots], [*grads.values()])
 
     @property
+    def lent(self) -> bool:
+        """Whether the step is taken in the memory of old arrays."""
+        return isinstance(self._way, LentStep)
+
+    @property
     def published(self) -> bool:
         """See `Plan.published`."""
         return all(share.published for share in self.shares)
@@ -138,12 +143,10 @@ class FunctionalPlan:
         slots = [slots for share in self.shares for slots in share.slots()]
         if self._donating:
             _refuse_donating_twice(parameters, slots, gradients)
-        try:
-            return self._way.run(parameters, slots, gradients, totals, look, max_norm, scales)
-        except ValueError as error:  # two arrays on one buffer
-            if "donate" not in str(error):
-                raise
-            raise AliasedParametersError(DONATED_TWICE) from error
+        new, new_slots, found = self._way.run(parameters, slots, gradients, totals, look, max_norm, scales)
+        if list(map(type, new)) != list(map(type, parameters)):  # these were caught from outside of a transformation
+            raise tracing_error(self.library)
+        return new, new_slots, found
 
     def advance(self, slots: Sequence[Slots], outcome: Outcome | None) -> None:
         """Let every optimizer adopt its new slots, and count the step."""
@@ -152,12 +155,6 @@ class FunctionalPlan:
         for share in self.shares:
             share.advance(slots[start : start + len(share.names)], outcome)
             start += len(share.names)
-
-
-DONATED_TWICE = (
-    "a parameter or slot shares its memory with another one or with a gradient, so it cannot be donated; "
-    "pass copies, or donate=False"
-)
 
 
 def _refuse_donating_twice(parameters: list[Any], slots: list[Slots], gradients: list[Any]) -> None:

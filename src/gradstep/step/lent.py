@@ -49,9 +49,10 @@ class LentStep:
         slots = [row for share in shares for row in share.slots()]
         parameters, gradients = [params[name] for name in names], [grads[name] for name in names]
         lender.wait([*parameters, *gradients])
-        self._plan = self._make_plan(parameters, slots, gradients)
+        self._make_plan(parameters, slots, gradients)
 
-    def _make_plan(self, parameters: list[Any], slots: list[Slots], gradients: list[Any]) -> Plan:
+    def _make_plan(self, parameters: list[Any], slots: list[Slots], gradients: list[Any]) -> None:
+        """Plan for these arrays; what is known of the plan's addresses changes with it."""
         view = self._lender.view
         names = [name for share in self._shares for name in share.names]
         params, grads = (dict(zip(names, map(view, arrays), strict=True)) for arrays in (parameters, gradients))
@@ -59,10 +60,11 @@ class LentStep:
             name: {slot: view(array) for slot, array in row.items()} for name, row in zip(names, slots, strict=True)
         }
         shares = [Share(share.leaf, share.names, state) for share in self._shares]
-        self._places = self._lender.addresses([*parameters, *_arrays(slots)])
-        self._read = self._lender.addresses(gradients)
         with _offering_copies():
-            return Plan(NUMPY, shares, params, grads, self._intake)
+            plan = Plan(NUMPY, shares, params, grads, self._intake)
+        self._plan = plan
+        self._written = self._lender.addresses([*parameters, *_arrays(slots)])
+        self._read: list[int] | None = self._lender.addresses(gradients)
 
     def check(self, scales: Scales) -> None:
         """See `Plan.check`."""
@@ -71,7 +73,8 @@ class LentStep:
     def look(self, gradients: list[Any], totals: list[Any], max_norm: float | None, scales: Scales) -> Look:
         """What there is to know about the gradients before a step."""
         self._lender.wait(gradients)
-        self._find_gradients(gradients)
+        self._plan.place("g", np.array(self._lender.addresses(gradients), np.int64))
+        self._read = None  # whether they overlap what is written is seen when that is known
         return self._look(gradients, scales)
 
     def _look(self, gradients: list[Any], scales: Scales) -> Look:
@@ -91,31 +94,38 @@ class LentStep:
         """The new parameters, their new slots, and what was found in the gradients."""
         written = [*parameters, *_arrays(slots)]
         self._lender.wait([*written, *gradients])
-        if self._lender.addresses(written) == self._places:
+        if self._lender.addresses(written) == self._written:
             self._find_gradients(gradients)
         else:
-            self._plan = self._make_plan(parameters, slots, gradients)
+            self._make_plan(parameters, slots, gradients)
         if found is None and (self._clipped or self._nonfinite == "skip"):
             found = self._look(gradients, scales)
         if found and self._nonfinite == "skip" and not found.finite:
             return parameters, slots, found
         if found and self._clipped and max_norm is not None:
             scales = scales.clipped(found.norm, max_norm)
-        self._prepare(scales)
-        written = self._lender.renew(written)
-        rest = iter(written)
+        with IeeeArithmetic():
+            self._plan.prepare(scales)
+        new = self._lender.renew(written)  # from here on nothing can fail: the old arrays are gone
+        caught = type(new[0]) is not type(written[0])  # by a transformation, in which nothing has happened yet
+        rest = iter(new)
         parameters = [next(rest) for _ in parameters]
         slots = [dict(zip(row, rest, strict=False)) for row in slots]
-        if self._lender.addresses(written) != self._places:
-            # Where somebody else has a share in the memory, the library has copied it.
-            self._plan = self._make_plan(parameters, slots, gradients)
-            self._prepare(scales)
+        if caught:
+            return parameters, slots, found  # the caller refuses them
+        if self._lender.addresses(new) != self._written:
+            self._move(parameters, slots)
         self._plan.commit(())
         return parameters, slots, found
 
-    def _prepare(self, scales: Scales) -> None:
-        with IeeeArithmetic():
-            self._plan.prepare(scales)
+    def _move(self, parameters: list[Any], slots: list[Slots]) -> None:
+        """Where somebody else has a share in the memory, the library has copied it: write the copies."""
+        find = self._lender.addresses
+        self._plan.place("w", np.array(find(parameters), np.int64))
+        for part in dict.fromkeys(part for row in slots for part in row):
+            places = [find([row[part]])[0] if part in row else 0 for row in slots]
+            self._plan.place(part, np.array(places, np.int64))
+        self._written = []  # the next step is planned anew, for which gradients may not lie here
 
     def _find_gradients(self, gradients: list[Any]) -> None:
         addresses = self._lender.addresses(gradients)

@@ -16,7 +16,7 @@ SMALLEST = {"float32": 1e-20, "float64": 1e-280}
 
 
 class Look(NamedTuple):
-    """What has been found out, all of it still on the device; `scale` is the factor that clips the gradients."""
+    """What has been found out, still on the device where one is asked; there `scale` is the factor that clips."""
 
     norm: Any
     finite: Any

@@ -108,15 +108,16 @@ class Plan:
     def move(self, parameters: Integers, gradients: Integers) -> None:
         """The arrays may lie elsewhere now: check for overlap again and change the tables."""
         self._extents.check(parameters, gradients)
-        self._hand_out("w", parameters)
-        self._hand_out("g", gradients)
+        self.place("w", parameters)
+        self.place("g", gradients)
 
     def move_gradients(self, gradients: Integers) -> None:
         """The same when only gradients have moved."""
         self._extents.check_gradients(gradients)
-        self._hand_out("g", gradients)
+        self.place("g", gradients)
 
-    def _hand_out(self, place: str, addresses: Integers) -> None:
+    def place(self, place: str, addresses: Integers) -> None:
+        """Change the tables of one array of every parameter, without a check."""
         for batch, members in zip(self.batches, self._members, strict=True):
             batch.move(place, addresses if len(self.batches) == 1 else addresses[members])
 
