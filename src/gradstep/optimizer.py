@@ -334,7 +334,6 @@ class Optimizer(Persistent, Options, ABC):
             norm, culprits = plan.read(look)
             if not math.isfinite(norm):
                 raise _nonfinite_error(culprits)
-        plan.fill(scales)
         rate = self._coming_rate()
         with InterruptsHeld():  # from here on old arrays may have been donated
             new_parameters, new_slots, look = plan.run(parameters, gradients, totals, look, self._clip_norm, scales)

@@ -26,13 +26,13 @@ def emit_after(program: Program, level: int, dtype: str, formats: Mapping[str, F
     """
     if level == len(program.sweeps) - 1:
         kept = program.small_outputs
-        return _Emitter(program, dtype, kept, {}, [], formats).source() if kept else None
+        return _BetweenEmitter(program, dtype, kept, {}, [], formats).source() if kept else None
     columns = [sums for sums in program.sweeps[level].reductions if sums.kind is Kind.COLUMN]
     wanted = {place_of(source): source for source in small_inputs(program.sweeps[level + 1])}
-    return _Emitter(program, dtype, {}, wanted, columns, formats).source() if wanted or columns else None
+    return _BetweenEmitter(program, dtype, {}, wanted, columns, formats).source() if wanted or columns else None
 
 
-class _Emitter(Frame):
+class _BetweenEmitter(Frame):
     """Computes values in stages: each ends where a mean over rows or columns must be known.
 
     Slots are written in the last stage only, when nothing reads them any more.

@@ -20,7 +20,7 @@ SHORT = 4  # elements at once at the end of a row
 
 def emit(program: Program, sweep: Sweep, dtype: str, formats: Mapping[str, Format]) -> KernelSource:
     """The kernel of `sweep` in the compute dtype; `formats` tells how dense arrays are stored that differ from it."""
-    return _Emitter(program, sweep, dtype, formats).source()
+    return _SweepEmitter(program, sweep, dtype, formats).source()
 
 
 class _Row(NamedTuple):
@@ -35,7 +35,7 @@ class _Row(NamedTuple):
     known: Mapping[int, Mapping[int, str]]
 
 
-class _Emitter(Frame):
+class _SweepEmitter(Frame):
     def __init__(self, program: Program, sweep: Sweep, dtype: str, formats: Mapping[str, Format]) -> None:
         dense = {place: formats.get(place, Format(dtype)) for place in dense_places([sweep])}
         # Reductions are defined on LANES lanes; without any, eight doubles keep the registers from spilling.

@@ -48,11 +48,11 @@ def count_stacked(rows: int, columns: int) -> int:
     return STACK // size if 0 < size <= STACKED else 1
 
 
-def workspace_shapes(shape: tuple[int, ...], dtype: ProductDtype) -> list[tuple[int, ...]]:
+def workspace_shapes(shape: tuple[int, ...], *, exact: bool) -> list[tuple[int, ...]]:
     """The temporaries for a matrix of this shape, or for a stack of them: as large as it, then as its Gram matrix."""
     side = min(shape[-2:])
     gram = (*shape[:-2], side, side)
-    return [shape] * (1 if dtype is None else 2) + [gram] * (2 if _run(shape, exact=dtype is None) == 1 else 4)
+    return [shape] * (1 if exact else 2) + [gram] * (2 if _run(shape, exact=exact) == 1 else 4)
 
 
 def newton_schulz(x: Any, iteration: Iteration, workspace: Workspace | None = None) -> Any:
@@ -75,7 +75,7 @@ def newton_schulz(x: Any, iteration: Iteration, workspace: Workspace | None = No
     products = _NumPyProducts() if library is np else _TorchProducts(library, stacked=x.ndim == 3)
     exact = dtype is None and x.dtype.itemsize >= 4
     run = _run(x.shape, exact=exact)
-    shapes = workspace_shapes(tuple(x.shape), dtype if exact else "bfloat16")
+    shapes = workspace_shapes(tuple(x.shape), exact=exact)
     taken = (workspace or Workspace()).take(library, x.dtype if dtype is None else getattr(library, dtype), shapes)
     now, other, *grams = [x, *taken] if exact else taken
     if exact and -(-steps // run) % 2:

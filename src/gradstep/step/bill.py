@@ -96,7 +96,9 @@ def _workspace(program: Program, dtype: str, shapes: Sequence[Sequence[int]]) ->
     """What the matrices of a batch take turns in: for each dtype as much as the largest needs."""
     most: dict[str, int] = {}
     for product_dtype in program.product_dtypes:
-        sizes = [sum(map(math.prod, workspace_shapes(stack, product_dtype))) for stack in stack_shapes(shapes)]
+        sizes = [
+            sum(map(math.prod, workspace_shapes(stack, exact=product_dtype is None))) for stack in stack_shapes(shapes)
+        ]
         most[product_dtype or dtype] = max(sizes)
     return sum(size * BYTES[kept] for kept, size in most.items())
 

@@ -109,7 +109,7 @@ class CompiledStep:
             scales.check(batch.dtype)
 
     def look(self, gradients: list[Any], totals: list[Any], max_norm: float | None, scales: Scales) -> Look:
-        """What there is to know about the gradients before a step."""
+        """See `Way.look`."""
         return compiled_look(self._library, self._readings)(gradients, totals, self._told(max_norm, scales))
 
     def _told(self, max_norm: float | None, scales: Scales) -> Any:
@@ -117,17 +117,14 @@ class CompiledStep:
             self._last_told = max_norm, scales, told(self._library, max_norm, scales, self._looking_dtype)
         return self._last_told[2]
 
-    def fill(self, scales: Scales) -> None:
-        """Compute the scalars of the coming step."""
-        for batch in self._batches:
-            batch.table.fill(scales)
-
     def run(
         self, parameters: list[Any], slots: list[Slots], gradients: list[Any], totals: list[Any], found: Look | None,
         max_norm: float | None, scales: Scales,
     ) -> tuple[list[Any], list[Slots], Look | None]:  # fmt: skip
-        """The new parameters, their new slots, and what was found in the gradients."""
+        """See `Way.run`."""
         library = self._library
+        for batch in self._batches:
+            batch.table.fill(scales)
         tables = [library.table(batch.table.values[batch.table.rows], batch.dtype) for batch in self._batches]
         # Each argument has its price, so there is nothing for what is not needed.
         facts = [self._told(max_norm, scales)] if self._recipe.looking else []
@@ -138,6 +135,8 @@ class CompiledStep:
             if "donate" not in str(error):
                 raise
             raise AliasedParametersError(DONATED_TWICE) from error
+        for batch in self._batches:
+            batch.table.advance()
         return new, new_slots, Look(*seen) if seen else found
 
     def _keys(self) -> list[Any]:
@@ -148,11 +147,6 @@ class CompiledStep:
             if any(rounded)
         ]
         return [self._library.words(np.concatenate(keys))] if keys else []
-
-    def advance(self) -> None:
-        """The step has been taken."""
-        for batch in self._batches:
-            batch.table.advance()
 
     def _tasks(self) -> list[Task]:
         """The task of each parameter; makes the batches on the way."""

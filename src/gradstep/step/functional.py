@@ -42,19 +42,11 @@ class Way(Protocol):
         """What there is to know about the gradients before a step."""
         ...
 
-    def fill(self, scales: Scales) -> None:
-        """Compute the scalars of the coming step."""
-        ...
-
     def run(
         self, parameters: list[Any], slots: list[Slots], gradients: list[Any], totals: list[Any], found: Look | None,
         max_norm: float | None, scales: Scales,
     ) -> tuple[list[Any], list[Slots], Look | None]:  # fmt: skip
         """The new parameters, their new slots, and what was found in the gradients."""
-        ...
-
-    def advance(self) -> None:
-        """The step has been taken."""
         ...
 
 
@@ -131,10 +123,6 @@ class FunctionalPlan:
         each = np.atleast_1d(self.library.read(look.each_finite)).tolist()
         return norm, tuple(name for name, finite in zip(self.names, each, strict=False) if not finite)
 
-    def fill(self, scales: Scales) -> None:
-        """Compute the scalars of the coming step."""
-        self._way.fill(scales)
-
     def run(
         self, parameters: list[Any], gradients: list[Any], totals: list[Any], look: Look | None, max_norm: float | None,
         scales: Scales,
@@ -150,7 +138,6 @@ class FunctionalPlan:
 
     def advance(self, slots: Sequence[Slots], outcome: Outcome | None) -> None:
         """Let every optimizer adopt its new slots, and count the step."""
-        self._way.advance()
         start = 0
         for share in self.shares:
             share.advance(slots[start : start + len(share.names)], outcome)

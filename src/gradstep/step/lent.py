@@ -71,7 +71,7 @@ class LentStep:
         self._plan.check(scales)
 
     def look(self, gradients: list[Any], totals: list[Any], max_norm: float | None, scales: Scales) -> Look:
-        """What there is to know about the gradients before a step."""
+        """See `Way.look`."""
         self._lender.wait(gradients)
         self._plan.place("g", np.array(self._lender.addresses(gradients), np.int64))
         self._read = None  # whether they overlap what is written is seen when that is known
@@ -84,14 +84,11 @@ class LentStep:
         each_finite[found.culprits] = False
         return Look(found.norm, np.isfinite(found.norm), None, each_finite)
 
-    def fill(self, scales: Scales) -> None:
-        """The tables are filled when the step is prepared."""
-
     def run(
         self, parameters: list[Any], slots: list[Slots], gradients: list[Any], totals: list[Any], found: Look | None,
         max_norm: float | None, scales: Scales,
     ) -> tuple[list[Any], list[Slots], Look | None]:  # fmt: skip
-        """The new parameters, their new slots, and what was found in the gradients."""
+        """See `Way.run`."""
         written = [*parameters, *_arrays(slots)]
         self._lender.wait([*written, *gradients])
         if self._lender.addresses(written) == self._written:
@@ -133,9 +130,6 @@ class LentStep:
             with _offering_copies():
                 self._plan.move_gradients(np.array(addresses, np.int64))
             self._read = addresses
-
-    def advance(self) -> None:
-        """The plan has counted its step when it committed it."""
 
 
 @contextmanager
