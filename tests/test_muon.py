@@ -97,6 +97,17 @@ def test_symmetric_products_in_halves(library: str, side: int, monkeypatch: pyte
         np.testing.assert_allclose(found, by_singular_values(x, 2), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("shape", [(2000, 1001), (999, 2000)], ids=str)
+def test_the_norm_of_many_elements(library: str, shape: tuple[int, int]) -> None:
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = read(gs.orthogonalize(LIBRARIES[library](x), 1))
+    wanted = by_singular_values(x, 1)
+    assert (
+        abs(np.vdot(found, wanted) / np.vdot(wanted, wanted) - 1) < 1e-5
+    )  # PyTorch sums that many squares with an error of 2e-5
+
+
 def stepped(opt: Any, gradients: Mapping[str, Array], make: Callable[[Array], Any]) -> dict[str, Array]:
     params = {name: make(np.zeros_like(g)) for name, g in gradients.items()}
     new = opt.apply_gradients({name: make(g) for name, g in gradients.items()}, params)

@@ -12,6 +12,7 @@ EPSILON = 1e-7
 RUN = 3  # iterations on one Gram matrix: each makes the noise of its small eigenvalues a**2 = 12 times larger
 STACKED = 1 << 18  # elements of the largest matrix that is computed in a stack with others
 STACK = 1 << 20  # elements of a stack
+PIECE = 1024  # elements whose squares PyTorch adds up in one go
 HALVED = 384  # rows from which a symmetric product is formed in halves
 
 ProductDtype: TypeAlias = Literal["bfloat16"] | None
@@ -80,7 +81,7 @@ def newton_schulz(x: Any, iteration: Iteration, workspace: Workspace | None = No
     now, other, *grams = [x, *taken] if exact else taken
     if exact and -(-steps // run) % 2:
         now, other = other, now  # so that the result comes to lie in `x`
-    _divide(library, x, now)
+    _divide(library, products, x, now)
     while steps > 0:
         _iterate(products, min(run, steps), now, other, grams, exact=exact)
         now, other, steps = other, now, steps - run
@@ -94,10 +95,10 @@ def _run(shape: Sequence[int], *, exact: bool) -> int:
     return RUN if exact and max(shape[-2:]) >= 2 * min(shape[-2:]) else 1
 
 
-def _divide(library: Any, x: Any, out: Any) -> None:
+def _divide(library: Any, products: Any, x: Any, out: Any) -> None:
     """Every matrix over its norm."""
     for matrix, result in zip(x, out, strict=True) if x.ndim == 3 else [(x, out)]:
-        library.divide(matrix, float(library.linalg.norm(matrix)) + EPSILON, out=result)
+        library.divide(matrix, products.norm(matrix) + EPSILON, out=result)
 
 
 def _iterate(products: Any, steps: int, x: Any, out: Any, grams: list[Any], *, exact: bool) -> None:
@@ -141,6 +142,10 @@ def _diagonal(x: Any) -> Any:
 class _NumPyProducts:
     """A product of a matrix and its own transpose takes half the work in BLAS, and NumPy sees to it."""
 
+    def norm(self, x: Any) -> float:
+        """The norm of one matrix."""
+        return float(np.linalg.norm(x))
+
     def product(self, left: Any, right: Any, out: Any, kept: Any = None) -> None:
         """`left right`, and `a kept`."""
         np.matmul(left, right, out=out)
@@ -164,6 +169,13 @@ class _TorchProducts:
 
     def __init__(self, torch: Any, *, stacked: bool) -> None:
         self._product, self._sum = (torch.bmm, torch.baddbmm) if stacked else (torch.mm, torch.addmm)
+        self._norm = torch.linalg.vector_norm
+
+    def norm(self, x: Any) -> float:
+        """See `_NumPyProducts.norm`; in pieces, because PyTorch adds up millions of squares with an error of 1e-4."""
+        flat, norm = x.reshape(-1), self._norm
+        whole = len(flat) // PIECE * PIECE
+        return math.hypot(norm(norm(flat[:whole].reshape(-1, PIECE), dim=-1)), norm(flat[whole:]))
 
     def product(self, left: Any, right: Any, out: Any, kept: Any = None) -> None:
         """See `_NumPyProducts.product`."""

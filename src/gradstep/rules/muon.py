@@ -40,7 +40,8 @@ class Muon(RuleOptimizer):
         nesterov: look ahead by one momentum step.
         ns_steps: the number of iterations, >= 1.
         ns_dtype: "bfloat16" to iterate in it, which is faster where the processor has such products, and leaves the
-            direction 1 to 2% off; None for the dtype of the computation. NumPy has no such products.
+            direction 1 to 2% off, more where singular values are tiny; None for the dtype of the computation. NumPy
+            has no such products.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
         donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
