@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import machine
 from trees import ROOT, checked_out, environment
 
 FAMILIES = ("SGD", "RMSprop", "Adagrad", "AdaDelta", "Adam", "AdamW", "Adamax", "Lion", "Adafactor", "Muon")
@@ -131,6 +130,8 @@ def main() -> None:
     if options.work:
         take_turns(*options.work)
         return
+    import machine  # not in a worker, whose gradstep may be too old for it
+
     print(machine.describe())
     print(f"{'case':36}{'work tree':>13}{'ratio':>8}  quartiles")
     with checked_out(options.commit) as other:

@@ -140,9 +140,6 @@ class Cell:
         return value
 
 
-Option = TypeVar("Option")
-
-
 class Owner(Protocol):
     """An optimizer, as its hyperparameters see it."""
 
@@ -363,6 +360,9 @@ class OneOf(Field):
 
     def configuration(self, label: str, value: object) -> str | None:
         return check_choice(label, value, self._choices)
+
+
+Option = TypeVar("Option")
 
 
 def check_choice(label: str, value: object, choices: Sequence[Option]) -> Option:

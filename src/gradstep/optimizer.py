@@ -413,12 +413,12 @@ class Optimizer(Persistent, Options, ABC):
             plan = Plan(library, shares, chosen, wanted, intake)
         else:
             from gradstep.step.functional import FunctionalPlan
+            from gradstep.step.look import Policy
 
             refuse_shared(named, chosen)
-            plan = FunctionalPlan(
-                library, self._assign_known(chosen), chosen, wanted, intake,
-                clipped=clipped, nonfinite=nonfinite, donating=donating,
-            )  # fmt: skip
+            policy = Policy.of(clipped=clipped, nonfinite=nonfinite)
+            routes = self._assign_known(chosen)
+            plan = FunctionalPlan(library, routes, chosen, wanted, intake, policy, donating=donating)
         parameters, gradients = [chosen[name] for name in plan.names], [wanted[name] for name in plan.names]
         if not named.keys() <= self._known_names:
             self._known_names |= named.keys()

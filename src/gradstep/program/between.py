@@ -10,9 +10,9 @@ from gradstep.program.access import Access, Operand, sum_operand
 from gradstep.program.blocks import LANES
 from gradstep.program.formats import Format
 from gradstep.program.frame import Frame, KernelSource
-from gradstep.program.graph import Kind, Symbol
+from gradstep.program.graph import Kind, Symbol, reachable
 from gradstep.program.program import Program, ends_a_sweep, place_of, small_inputs
-from gradstep.program.values import TYPES, Values, splat, vector
+from gradstep.program.values import Values, splat, vector
 
 POSITION = {Kind.ROW: "%rows.at", Kind.COLUMN: "%columns.at"}
 LENGTH = {Kind.ROW: "%height", Kind.COLUMN: "%width"}
@@ -44,7 +44,7 @@ class _BetweenEmitter(Frame):
     ) -> None:  # fmt: skip
         super().__init__(program, dtype, [LANES, 1])
         self.kept, self.wanted, self.columns = kept, wanted, columns
-        self.needed = _small([*kept.values(), *wanted.values()])
+        self.needed = reachable([*kept.values(), *wanted.values()], _is_given)
         self.stages = _stages(self.needed)
         slots = {s.attribute: formats[s.attribute] for s in self.needed if s.op == "array"}
         slots |= {place: formats[place] for place in kept}
@@ -103,12 +103,7 @@ class _BetweenEmitter(Frame):
             value = code.let(f"fdiv double {value}, {code.let(f'sitofp i64 {size} to double')}")
         if symbol.op != "mean":
             value = code.call("llvm.sqrt.f64", "double", value)
-        return self._rounded(value, 1)
-
-    def _rounded(self, value: str, lanes: int) -> str:
-        if self.dtype == "float64":
-            return value
-        return self.code.let(f"fptrunc {vector('double', lanes)} {value} to {vector(TYPES[self.dtype], lanes)}")
+        return self.narrow(value, 1)
 
     def _compute(self, kind: Kind, stage: int) -> None:
         """All values of a kind that are known once for many elements, from this stage on."""
@@ -158,9 +153,7 @@ class _BetweenEmitter(Frame):
         def add(index: str, lanes: int, lane: str) -> None:
             values, wide = self._values(kind, index, lanes), vector("double", lanes)
             for symbol in means:
-                term = values[symbol.args[0]]
-                if self.dtype != "float64":
-                    term = code.let(f"fpext {vector(TYPES[self.dtype], lanes)} {term} to {wide}")
+                term = self.widen(values[symbol.args[0]], lanes)
                 place = code.let(f"getelementptr double, ptr %lanes{symbol.index}, i64 {lane}")
                 total = code.let(f"fadd {wide} {code.let(f'load {wide}, ptr {place}, align 8')}, {term}")
                 code.do(f"store {wide} {total}, ptr {place}, align 8")
@@ -169,7 +162,7 @@ class _BetweenEmitter(Frame):
         for symbol in means:
             length = code.let(f"sitofp i64 {LENGTH[kind]} to double")
             mean = code.let(f"fdiv double {self.halve(self.lanes_of(symbol))}, {length}")
-            self.know(symbol, self._rounded(mean, 1))
+            self.know(symbol, self.narrow(mean, 1))
 
     def _values(self, kind: Kind, index: str, lanes: int) -> Values:
         """The values at a row or column, or at several in a row."""
@@ -185,7 +178,7 @@ class _BetweenEmitter(Frame):
                 along = LENGTH[Kind.COLUMN if kind is Kind.ROW else Kind.ROW]
                 length = splat(code, "double", code.let(f"sitofp i64 {along} to double"), lanes)
                 mean = code.let(f"fdiv {vector('double', lanes)} {total}, {length}")
-                known[symbol.index] = self._rounded(mean, lanes)
+                known[symbol.index] = self.narrow(mean, lanes)
         return Values(code, self.dtype, lanes, known)
 
     def _store(self, kind: Kind, index: str, lanes: int, _: str) -> None:
@@ -213,17 +206,9 @@ def _is_mean(symbol: Symbol) -> bool:
     return symbol.op == "mean" and symbol.args[0].kind in (Kind.ROW, Kind.COLUMN)
 
 
-def _small(roots: Sequence[Symbol]) -> list[Symbol]:
-    """What the roots need, up to sums that sweeps have left, each after its arguments."""
-    seen: dict[int, Symbol] = {}
-    stack = list(roots)
-    while stack:
-        symbol = stack.pop()
-        if symbol.index not in seen:
-            seen[symbol.index] = symbol
-            if symbol.kind is not Kind.HOST and not ends_a_sweep(symbol):
-                stack.extend(symbol.args)
-    return [seen[index] for index in sorted(seen)]
+def _is_given(symbol: Symbol) -> bool:
+    """Whether a value is a scalar, or comes from sums that sweeps have left."""
+    return symbol.kind is Kind.HOST or ends_a_sweep(symbol)
 
 
 def _stages(symbols: Sequence[Symbol]) -> dict[int, int]:

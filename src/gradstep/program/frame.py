@@ -14,7 +14,7 @@ from gradstep.program.access import Access, Operand, sum_operand
 from gradstep.program.blocks import LANES
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.program import Program
-from gradstep.program.values import TYPES, Code, splat
+from gradstep.program.values import TYPES, Code, splat, vector
 
 FIELDS = ("chunks", "count", "grain", "next", "addresses", "tensors", "rows", "scalars", "dimensions", "keys", "shift")
 
@@ -110,9 +110,19 @@ class Frame(ABC):
         for source in used:
             place = code.let(f"add i64 {start}, {places[source.index]}")
             value = code.let(f"load double, ptr {code.let(f'getelementptr double, ptr %scalars, i64 {place}')}")
-            if self.dtype != "float64":
-                value = code.let(f"fptrunc double {value} to {TYPES[self.dtype]}")
-            self.know(source, value)
+            self.know(source, self.narrow(value, 1))
+
+    def widen(self, value: str, lanes: int) -> str:
+        """Numbers of the compute dtype in float64."""
+        if self.dtype == "float64":
+            return value
+        return self.code.let(f"fpext {vector(TYPES[self.dtype], lanes)} {value} to {vector('double', lanes)}")
+
+    def narrow(self, value: str, lanes: int) -> str:
+        """The inverse, rounded to nearest."""
+        if self.dtype == "float64":
+            return value
+        return self.code.let(f"fptrunc {vector('double', lanes)} {value} to {vector(TYPES[self.dtype], lanes)}")
 
     def know(self, source: Symbol, value: str) -> None:
         """From here on the symbol has this value, the same in all elements."""

@@ -317,13 +317,14 @@ def _refuse_dropped_slots(name: str, old: Mapping[str, Symbol], new: Mapping[str
             raise RuleError(f"{name} reads the slot {symbol.attribute} but returns None for it")
 
 
-def reachable(roots: Iterable[Symbol]) -> list[Symbol]:
-    """Every symbol that the roots depend on, each after its arguments."""
+def reachable(roots: Iterable[Symbol], ends: Callable[[Symbol], bool] = lambda _: False) -> list[Symbol]:
+    """Every symbol that the roots depend on, each after its arguments; those of symbols that are ends are left out."""
     seen: dict[int, Symbol] = {}
     stack = list(roots)
     while stack:
         symbol = stack.pop()
         if symbol.index not in seen:
             seen[symbol.index] = symbol
-            stack.extend(symbol.args)
+            if not ends(symbol):
+                stack.extend(symbol.args)
     return [seen[index] for index in sorted(seen)]

@@ -10,7 +10,7 @@ from gradstep.program.formats import QUANTUM, Format
 from gradstep.program.frame import Frame, KernelSource
 from gradstep.program.graph import Kind, Symbol
 from gradstep.program.program import Program, Sweep, dense_places, place_of, small_inputs
-from gradstep.program.values import TYPES, Values, vector
+from gradstep.program.values import Values, vector
 
 ROWS = 64
 GROUP = 4  # rows that are gone through together where there are sums: those of columns are loaded and stored once
@@ -237,9 +237,7 @@ class _SweepEmitter(Frame):
         code, kind = self.code, vector("double", lanes)
         total = code.let(f"load {kind}, ptr {place}, align 8")
         for term in terms:
-            wide = term
-            if self.dtype != "float64":
-                wide = code.let(f"fpext {vector(TYPES[self.dtype], lanes)} {term} to {kind}")
+            wide = self.widen(term, lanes)
             if not _summed(reduction)[1]:
                 total = code.let(f"fadd {kind} {total}, {wide}")
             elif self.dtype == "float64":

@@ -39,15 +39,7 @@ class Sweep:
 
     @computed_once
     def _visited(self) -> list[Symbol]:
-        seen: dict[int, Symbol] = {}
-        stack = list(self.roots)
-        while stack:
-            symbol = stack.pop()
-            if symbol.index not in seen:
-                seen[symbol.index] = symbol
-                if not is_input(symbol):
-                    stack.extend(symbol.args)
-        return [seen[index] for index in sorted(seen)]
+        return reachable(self.roots, is_input)
 
 
 def is_input(symbol: Symbol) -> bool:

@@ -11,6 +11,7 @@ from gradstep.program.between import emit_after
 from gradstep.program.blocks import exact_sum
 from gradstep.program.compiler import compile_kernel
 from gradstep.program.formats import compute_dtype, scales_of
+from gradstep.program.frame import KernelSource
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.kernel import ROWS, emit
 from gradstep.program.newton_schulz import Workspace, newton_schulz
@@ -108,16 +109,12 @@ class Batch:
 
     def _launch(self, level: int) -> Launch:
         sweep = self.program.sweeps[level]
-        kernel = compile_kernel(emit(self.program, sweep, self.dtype, self.formats))
+        source = emit(self.program, sweep, self.dtype, self.formats)
         if self._dimensions is not None:
             chunks = matrix_chunks(self._dimensions, np.array(self._stacks, np.int64))
         else:
             chunks = flat_chunks(self.sizes)
-        launch = Launch(
-            kernel, chunks, len(self.matches), int(self.sizes.sum()),
-            rows=self._scalars.rows, scalars=self._scalars.values, dimensions=self._dimensions, keys=self._keys,
-            team=self._library.team,
-        )  # fmt: skip
+        launch = self._make_launch(source, chunks, int(self.sizes.sum()), self._dimensions)
         for reduction in sweep.reductions:
             sums = Sums([blocks_summed(self.program, reduction, m.shape) for m in self.matches], reduction.kind)
             self._sums[place_of(reduction)] = sums
@@ -140,17 +137,22 @@ class Batch:
             dimensions = np.stack([np.ones_like(self.sizes), self.sizes, np.ones_like(self.sizes)], axis=1)
         stacks = np.array(self._stacks if self.program.factored else [1] * len(self.matches), np.int64)
         height, width, blocks = dimensions.T
-        launch = Launch(
-            compile_kernel(source), stack_chunks(stacks * (self.sizes > 0)), len(self.matches),
-            int((stacks * (height + width * blocks)).sum() if self.program.factored else len(self.matches)),
-            rows=self._scalars.rows, scalars=self._scalars.values, dimensions=dimensions, keys=self._keys,
-            team=self._library.team,
-        )  # fmt: skip
+        elements = int((stacks * (height + width * blocks)).sum() if self.program.factored else len(self.matches))
+        launch = self._make_launch(source, stack_chunks(stacks * (self.sizes > 0)), elements, dimensions)
         for place, sums in self._sums.items():
             launch.place(place, sums.totals, sums=True)
         for place, values in self._small.items():
             launch.place(place, _addresses(values))
         return launch
+
+    def _make_launch(
+        self, source: KernelSource, chunks: Integers, elements: int, dimensions: Integers | None
+    ) -> Launch:
+        return Launch(
+            compile_kernel(source), chunks, len(self.matches), elements,
+            rows=self._scalars.rows, scalars=self._scalars.values, dimensions=dimensions, keys=self._keys,
+            team=self._library.team,
+        )  # fmt: skip
 
     def _lay_out(self, place: str) -> None:
         """Find each tensor's address of one array; arrays that no kernel can walk get scratch."""

@@ -15,7 +15,7 @@ from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import Program
 from gradstep.step.evaluate import Evaluation
 from gradstep.step.leaf import Leaf
-from gradstep.step.look import Look, compiled_look, look, looking_dtype, told
+from gradstep.step.look import Look, Policy, compiled_look, look, looking_dtype, told
 from gradstep.step.packing import Packing, round_keys, rounded_places
 from gradstep.step.scalars import ScalarTable, Scales
 from gradstep.step.share import FunctionalShare, Slots
@@ -43,19 +43,13 @@ class Recipe:
     """What a step is compiled for, besides the forms of its arguments."""
 
     tasks: tuple[Task, ...]
-    clipped: bool
-    nonfinite: str
-
-    @property
-    def looking(self) -> bool:
-        """Whether the step looks at the gradients itself; where it may raise, somebody has looked before."""
-        return self.nonfinite == "skip" or (self.clipped and self.nonfinite == "allow")
+    policy: Policy
 
     @computed_once
     def key(self) -> Any:
         """Equal for recipes that do the same."""
         tasks = tuple((task.program.key, task.form, tuple(task.formats.items()), *task[3:]) for task in self.tasks)
-        return tasks, self.clipped, self.nonfinite
+        return tasks, self.policy
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.key == other.key
@@ -79,8 +73,7 @@ class CompiledStep:
         library: whose arrays they are.
         shares: what each optimizer takes.
         seen: the gradients, and the sums that they are added to, as examples of their dtypes.
-        clipped: whether gradients are clipped by their norm.
-        nonfinite: what is done about gradients that are not finite.
+        policy: what is done about the gradients.
         donating: whether old parameters and slots lend their memory.
     """
 
@@ -89,9 +82,8 @@ class CompiledStep:
         library: FunctionalLibrary,
         shares: Sequence[FunctionalShare],
         seen: Sequence[Any],
+        policy: Policy,
         *,
-        clipped: bool,
-        nonfinite: str,
         donating: bool,
     ) -> None:
         self._library, self._shares = library, shares
@@ -100,7 +92,7 @@ class CompiledStep:
         self._last_told: tuple[float | None, Scales | None, Any] = None, None, None
         self._rounded = [[rounded_places(share.formats[name]) for name in share.names] for share in shares]
         self._batches: list[FunctionalBatch] = []
-        self._recipe = Recipe(tuple(self._tasks()), clipped, nonfinite)
+        self._recipe = Recipe(tuple(self._tasks()), policy)
         self._step = _compiled_step(library, self._recipe, donating)
 
     def check(self, scales: Scales) -> None:
@@ -127,7 +119,7 @@ class CompiledStep:
             batch.table.fill(scales)
         tables = [library.table(batch.table.values[batch.table.rows], batch.dtype) for batch in self._batches]
         # Each argument has its price, so there is nothing for what is not needed.
-        facts = [self._told(max_norm, scales)] if self._recipe.looking else []
+        facts = [self._told(max_norm, scales)] if self._recipe.policy.looking else []
         known = [found.scale, found.finite] if found else []
         try:
             new, new_slots, seen = self._step(parameters, slots, gradients, totals, tables, self._keys(), facts, known)
@@ -171,13 +163,13 @@ class CompiledStep:
 
 @functools.lru_cache(maxsize=64)
 def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -> Callable[..., Any]:
-    readings = [task.reading for task in recipe.tasks]
+    readings, policy = [task.reading for task in recipe.tasks], recipe.policy
 
     def step(
         parameters: list[Any], slots: list[Any], gradients: list[Any], totals: list[Any], tables: list[Any],
         keys: list[Any], facts: list[Any], seen: list[Any],
     ) -> tuple[list[Any], list[Any], list[Any]]:  # fmt: skip
-        found = look(library, readings, gradients, totals, *facts) if recipe.looking else None
+        found = look(library, readings, gradients, totals, *facts) if policy.looking else None
         scale, take = (found.scale, found.finite) if found else seen or (None, None)
         rest, unused = iter(totals), iter(range(len(keys[0]) if keys else 0))
         new_parameters: list[Any] = []
@@ -191,14 +183,14 @@ def _compiled_step(library: FunctionalLibrary, recipe: Recipe, donating: bool) -
                 continue
             program, dtype = task.program, compute_dtype(task.form.dtype)
             scalars = {i: tables[task.batch][task.row, place] for i, place in program.scalar_places.items()}
-            if recipe.clipped:
+            if policy.clipped:
                 factors = [symbol.index for symbol in program.symbols if symbol.attribute == "grad_scale"]
                 scalars |= {index: library.apart(scalars[index] * library.cast(scale, dtype)) for index in factors}
             arrays = {"w": w, **old}
             packing = Packing(library, program, task.formats, dtype)
             inputs = {"g": g, **total, **packing.unpack(arrays)}
             new = packing.pack(Evaluation(library, program, dtype, inputs, scalars).outputs(), own_keys)
-            if recipe.nonfinite == "skip":
+            if policy.skipping:
                 new = {place: library.call("where", take, value, arrays[place]) for place, value in new.items()}
             parts = parts_of(program, task.formats, task.form.shape)
             full = ["w", *(part.name for part in parts if part.kind is Kind.FULL)]

@@ -13,7 +13,7 @@ from gradstep.step.forms import check_devices, check_gradient, refuse_tracing, t
 from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.lent import LentStep
-from gradstep.step.look import Look
+from gradstep.step.look import Look, Policy
 from gradstep.step.outcome import Outcome
 from gradstep.step.scalars import Scales
 from gradstep.step.share import FunctionalShare, Slots
@@ -62,9 +62,8 @@ class FunctionalPlan:
         params: Mapping[str, Any],
         grads: Mapping[str, Any],
         intake: Intake,
+        policy: Policy,
         *,
-        clipped: bool,
-        nonfinite: str,
         donating: bool,
     ) -> None:
         self.library, self._donating = library, donating
@@ -79,12 +78,9 @@ class FunctionalPlan:
         self._way: Way
         lender = library.lender if donating and not totals else None
         if lender is not None and self._can_lend(lender, params, grads):
-            self._way = LentStep(lender, self.shares, params, grads, intake, clipped=clipped, nonfinite=nonfinite)
+            self._way = LentStep(lender, self.shares, params, grads, intake, policy)
         else:
-            self._way = CompiledStep(
-                library, self.shares, [*grads.values(), *totals],
-                clipped=clipped, nonfinite=nonfinite, donating=donating,
-            )  # fmt: skip
+            self._way = CompiledStep(library, self.shares, [*grads.values(), *totals], policy, donating=donating)
         self.shown_slots: list[Any] = []
         self.shown_addresses: Integers = np.zeros(0, np.int64)
 

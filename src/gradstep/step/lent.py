@@ -11,7 +11,7 @@ from gradstep.arrays.numpy import NUMPY
 from gradstep.errors import AliasedParametersError
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.step.intake import Intake
-from gradstep.step.look import Look
+from gradstep.step.look import Look, Policy
 from gradstep.step.plan import Plan, Share
 from gradstep.step.scalars import Scales
 from gradstep.step.share import FunctionalShare, Slots
@@ -28,8 +28,7 @@ class LentStep:
         shares: what each optimizer takes.
         params, grads: arrays by name.
         intake: how the gradients come in.
-        clipped: whether gradients are clipped by their norm.
-        nonfinite: what is done about gradients that are not finite.
+        policy: what is done about the gradients.
     """
 
     def __init__(
@@ -39,22 +38,18 @@ class LentStep:
         params: Mapping[str, Any],
         grads: Mapping[str, Any],
         intake: Intake,
-        *,
-        clipped: bool,
-        nonfinite: str,
+        policy: Policy,
     ) -> None:
-        self._lender, self._shares, self._intake = lender, shares, intake
-        self._clipped, self._nonfinite = clipped, nonfinite
-        names = [name for share in shares for name in share.names]
+        self._lender, self._shares, self._intake, self._policy = lender, shares, intake, policy
+        self._names = [name for share in shares for name in share.names]
         slots = [row for share in shares for row in share.slots()]
-        parameters, gradients = [params[name] for name in names], [grads[name] for name in names]
+        parameters, gradients = ([tree[name] for name in self._names] for tree in (params, grads))
         lender.wait([*parameters, *gradients])
         self._make_plan(parameters, slots, gradients)
 
     def _make_plan(self, parameters: list[Any], slots: list[Slots], gradients: list[Any]) -> None:
         """Plan for these arrays; what is known of the plan's addresses changes with it."""
-        view = self._lender.view
-        names = [name for share in self._shares for name in share.names]
+        view, names = self._lender.view, self._names
         params, grads = (dict(zip(names, map(view, arrays), strict=True)) for arrays in (parameters, gradients))
         state = {
             name: {slot: view(array) for slot, array in row.items()} for name, row in zip(names, slots, strict=True)
@@ -95,11 +90,11 @@ class LentStep:
             self._find_gradients(gradients)
         else:
             self._make_plan(parameters, slots, gradients)
-        if found is None and (self._clipped or self._nonfinite == "skip"):
+        if self._policy.looking:
             found = self._look(gradients, scales)
-        if found and self._nonfinite == "skip" and not found.finite:
+        if found and self._policy.skipping and not found.finite:
             return parameters, slots, found
-        if found and self._clipped and max_norm is not None:
+        if found and self._policy.clipped and max_norm is not None:
             scales = scales.clipped(found.norm, max_norm)
         with IeeeArithmetic():
             self._plan.prepare(scales)

@@ -15,6 +15,26 @@ SMALLEST = {"float32": 1e-20, "float64": 1e-280}
 """Sums of squares from which on the squares that have been lost to underflow do not matter."""
 
 
+class Policy(NamedTuple):
+    """What a step does about its gradients.
+
+    Attributes:
+        clipped: whether they are clipped by their norm.
+        skipping: whether the step is left out when one is not finite.
+        looking: whether the step looks at them itself; where it may raise, somebody has looked before.
+    """
+
+    clipped: bool
+    skipping: bool
+    looking: bool
+
+    @classmethod
+    def of(cls, *, clipped: bool, nonfinite: str) -> "Policy":
+        """The policy of these options."""
+        skipping = nonfinite == "skip"
+        return cls(clipped, skipping, skipping or (clipped and nonfinite != "raise"))
+
+
 class Look(NamedTuple):
     """What has been found out, still on the device where one is asked; there `scale` is the factor that clips."""
 
