@@ -338,9 +338,11 @@ class Optimizer(Persistent, Options, ABC):
         with InterruptsHeld():  # from here on old arrays may have been donated
             new_parameters, new_slots, look = plan.run(parameters, gradients, totals, look, self._clip_norm, scales)
             outcome = Outcome(plan.library, look.finite) if look and self._nonfinite == "skip" else None
+            parameters.clear()  # who holds an old array still wants its elements
             for (container, key), array in zip(entries, new_parameters, strict=True):
                 container[key] = array
-            plan.advance(new_slots, outcome)
+            plan.finish(new_parameters, new_slots)
+            plan.advance(outcome)
             self._count_step(outcome)
             self._report = AwaitedReport(lambda: self._read_report(plan, look, outcome, rate))
             intake.done()

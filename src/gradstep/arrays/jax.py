@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -78,10 +79,10 @@ class Jax:
 
     def marks(self, arrays: list[Any]) -> list[Any]:
         """See `FunctionalLibrary.marks`. Tracers have types of their own."""
-        return [
-            (type(a), getattr(a, "aval", None), getattr(a, "sharding", None), getattr(a, "_pjrt_layout", None))
-            for a in arrays
-        ]
+        try:
+            return [*map(type, arrays), *map(_form, arrays)]
+        except AttributeError:  # in a version of JAX without layouts, and of tracers
+            return [(type(a), getattr(a, "aval", None), getattr(a, "sharding", None)) for a in arrays]
 
     def devices(self, form: Form) -> object:
         """See `FunctionalLibrary.devices`."""
@@ -177,6 +178,9 @@ def _lender() -> Lender:
     from gradstep.arrays.jax_lending import JaxLender
 
     return JaxLender()
+
+
+_form = attrgetter("aval", "sharding", "_pjrt_layout")
 
 
 def _sum(x: Any, axis: int | None) -> Any:

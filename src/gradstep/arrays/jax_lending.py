@@ -1,12 +1,14 @@
 """Memory of JAX on the CPU that an array gives up, so that new arrays can be written there before anybody sees them."""
 
-import ctypes
 import importlib
 from functools import cache
 from operator import is_
 from typing import Any
 
 import numpy as np
+
+from gradstep.arrays.library import Located
+from gradstep.arrays.memory import Bits, bits_at
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -28,20 +30,14 @@ class JaxLender:
             return False
         return all(array.sharding == written[0].sharding for array in written) and works()
 
-    def wait(self, arrays: list[Any]) -> None:
-        """See `Lender.wait`."""
+    def locate(self, arrays: list[Any]) -> Located:
+        """See `Lender.locate`. All of them lie plainly, or nothing is lent."""
         jax.block_until_ready(arrays)
+        return Located(arrays, [array.unsafe_buffer_pointer() for array in arrays])
 
-    def addresses(self, arrays: list[Any]) -> list[int]:
-        """See `Lender.addresses`."""
-        return [array.unsafe_buffer_pointer() if array.size else 0 for array in arrays]
-
-    def view(self, array: Any) -> np.ndarray[Any, Any]:
+    def view(self, array: Any, address: int) -> Bits:
         """See `Lender.view`."""
-        if not array.size:
-            return np.empty(array.shape, array.dtype)
-        memory = (ctypes.c_char * array.nbytes).from_address(array.unsafe_buffer_pointer())
-        return np.frombuffer(memory, array.dtype).reshape(array.shape)
+        return bits_at(address, array.shape, str(array.dtype))
 
     def renew(self, arrays: list[Any]) -> list[Any]:
         """See `Lender.renew`."""
@@ -50,7 +46,7 @@ class JaxLender:
             new: list[Any] = self._renew(arrays)
             if any(map(is_, new, arrays)):  # under `jax.disable_jit`
                 new = [jnp.copy(array) for array in arrays]
-        return jax.block_until_ready(new)
+        return new
 
 
 def _same(arrays: list[Any]) -> list[Any]:
@@ -80,13 +76,13 @@ def _works() -> bool:
     lender, device = JaxLender(), jax.local_devices(backend="cpu")[0]
     with jax.default_device(device):
         old, held = (jnp.arange(1024, dtype=jnp.float32) for _ in range(2))
-    place, seen = old.unsafe_buffer_pointer(), np.asarray(held)
-    new, copied = lender.renew([old, held])
-    lender.view(new)[:] = 7
-    lender.view(copied)[:] = 7
+    (_, before), seen = lender.locate([old, held]), np.asarray(held)
+    new, after = lender.locate(lender.renew([old, held]))
+    for array, address in zip(new, after, strict=True):
+        lender.view(array, address).values[:] = 7
     return (
-        lender.addresses([new]) == [place]
+        after[0] == before[0]
         and old.is_deleted()
-        and bool((np.asarray(new) == 7).all())
+        and all(bool((np.asarray(array) == 7).all()) for array in new)
         and bool((seen == np.arange(1024)).all())
     )

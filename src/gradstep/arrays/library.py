@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from gradstep.arrays.memory import Integers, Memory
+from gradstep.arrays.memory import Bits, Integers, Memory
 from gradstep.errors import ArgumentTypeError
 from gradstep.program.newton_schulz import Iteration
 
@@ -102,6 +102,13 @@ class MemoryLibrary(Operations, Protocol):
         ...
 
 
+class Located(NamedTuple):
+    """Arrays in C order, and where they lie; any number for those without elements."""
+
+    arrays: list[Any]
+    addresses: list[int]
+
+
 class Lender(Protocol):
     """Who gives up the memory of arrays for new ones."""
 
@@ -109,20 +116,20 @@ class Lender(Protocol):
         """Whether the memory of `written` can be had, and `read` be read where it lies."""
         ...
 
-    def wait(self, arrays: list[Any]) -> None:
-        """Return when the arrays have been computed."""
+    def locate(self, arrays: list[Any]) -> Located:
+        """Where the arrays lie, or copies of those that are not laid out plainly, when they have been computed."""
         ...
 
-    def addresses(self, arrays: list[Any]) -> list[int]:
-        """Where the arrays lie."""
-        ...
-
-    def view(self, array: Any) -> np.ndarray[Any, Any]:
-        """The array's memory, which the view does not keep alive."""
+    def view(self, array: Any, address: int) -> Bits:
+        """The memory of an array that lies there, which the view does not keep alive."""
         ...
 
     def renew(self, arrays: list[Any]) -> list[Any]:
-        """New arrays with the same elements, which nobody else has; the old ones become invalid."""
+        """New arrays with the same elements; the old ones may become invalid.
+
+        Once nobody holds the old ones but who still wants their elements, `locate` finds the new ones where nobody else
+        has a share in the memory.
+        """
         ...
 
 

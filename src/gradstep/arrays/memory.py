@@ -1,6 +1,7 @@
 """Where an array lies in memory, whoever owns it, and what can be said about such places."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +23,28 @@ _borrow: Any = ctypes.c_char.from_buffer
 def start_of(table: Integers) -> int:
     """Where a table of ours begins; many times faster than `.ctypes.data` in a cold cache."""
     return ctypes.addressof(_borrow(table)) if len(table) else 0
+
+
+class Bits(NamedTuple):
+    """The elements of an array of another library, in its memory; floats of 16 bits as their bits."""
+
+    values: np.ndarray[Any, Any]
+    dtype: str
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the array has."""
+        return self.values.ndim
+
+
+def bits_at(address: int, shape: tuple[int, ...], dtype: str) -> Bits:
+    """The array in C order that begins there; its owner must outlive it."""
+    kind = np.dtype(bits_dtype(dtype))
+    size = math.prod(shape)
+    if not size:
+        return Bits(np.empty(shape, kind), dtype)
+    memory: Any = (ctypes.c_char * (size * kind.itemsize)).from_address(address)
+    return Bits(np.frombuffer(memory, kind).reshape(shape), dtype)
 
 
 class Memory(NamedTuple):

@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from gradstep.arrays.library import Form
+from gradstep.arrays.library import Form, Lender
 from gradstep.errors import DtypeError
 from gradstep.program.formats import BYTES, EXPECTED, NARROW
 from gradstep.program.newton_schulz import Iteration, orthogonalized
@@ -33,8 +34,9 @@ class Mlx:
         return mx.array(0)
 
     @property
-    def lender(self) -> None:
-        """See `FunctionalLibrary.lender`. Nobody knows who else holds an array."""
+    def lender(self) -> Lender:
+        """See `FunctionalLibrary.lender`."""
+        return _lender()
 
     @property
     def choose(self) -> None:
@@ -86,7 +88,10 @@ class Mlx:
         A compiled function runs its Python code when it sees new forms, or arrays that stand for others: when it does
         so twice in a row, they do.
         """
+        before = self._looks
         self._look(*arrays)
+        if self._looks == before:
+            return False
         before = self._looks
         self._look(*arrays)
         return self._looks != before
@@ -184,6 +189,13 @@ class Mlx:
         if form.dtype in NARROW:
             return mx.array(bits).view(_dtype(form.dtype))
         return mx.array(bits, mx.float64) if form.dtype == "float64" else mx.array(bits)
+
+
+@cache
+def _lender() -> Lender:
+    from gradstep.arrays.mlx_lending import MlxLender
+
+    return MlxLender()
 
 
 def _folded(reduce: Callable[..., Any], x: Any) -> Any:

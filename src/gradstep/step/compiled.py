@@ -131,6 +131,9 @@ class CompiledStep:
             batch.table.advance()
         return new, new_slots, Look(*seen) if seen else found
 
+    def finish(self, parameters: list[Any], slots: list[Slots]) -> None:
+        """See `Way.finish`."""
+
     def _keys(self) -> list[Any]:
         """The keys of what is rounded at random in the coming step, all parameters after each other."""
         keys = [

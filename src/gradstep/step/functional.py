@@ -49,6 +49,10 @@ class Way(Protocol):
         """The new parameters, their new slots, and what was found in the gradients."""
         ...
 
+    def finish(self, parameters: list[Any], slots: list[Slots]) -> None:
+        """What is left to do when these new arrays have taken the places of the old ones."""
+        ...
+
 
 class FunctionalPlan:
     """A step planned: how it is taken, and for whom. Holds no parameters or gradients."""
@@ -132,12 +136,18 @@ class FunctionalPlan:
             raise tracing_error(self.library)
         return new, new_slots, found
 
-    def advance(self, slots: Sequence[Slots], outcome: Outcome | None) -> None:
-        """Let every optimizer adopt its new slots, and count the step."""
+    def finish(self, parameters: list[Any], slots: list[Slots]) -> None:
+        """Let every optimizer adopt its new slots; the new parameters have taken the places of the old ones."""
         start = 0
         for share in self.shares:
-            share.advance(slots[start : start + len(share.names)], outcome)
+            share.adopt(slots[start : start + len(share.names)])
             start += len(share.names)
+        self._way.finish(parameters, slots)
+
+    def advance(self, outcome: Outcome | None) -> None:
+        """Let every optimizer count the step."""
+        for share in self.shares:
+            share.leaf.take(share.rows, outcome)
 
 
 def _refuse_donating_twice(parameters: list[Any], slots: list[Slots], gradients: list[Any]) -> None:

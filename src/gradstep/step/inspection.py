@@ -74,8 +74,10 @@ class Inspector:
             self._launch.place("g.sum", totals)
         self._micro[0, 0] = micro
         self._launch.run()
-        odd = np.unique(self._tensor_of_block[~np.isfinite(self._sums)])
-        return self._sums.tolist(), set(odd.tolist())
+        sums: list[float] = self._sums.tolist()
+        if math.isfinite(sum(sums)):  # without NumPy, which is slow while it is not in the cache
+            return sums, set()
+        return sums, set(self._tensor_of_block[~np.isfinite(self._sums)].tolist())
 
 
 @functools.cache

@@ -159,7 +159,7 @@ class Leaf:
         """The parameters that have been seen."""
         return self.entries.keys()
 
-    def slots_of(self, name: str) -> Mapping[str, Any]:
+    def slots_of(self, name: str) -> dict[str, Any]:
         """The slots that a parameter has so far."""
         return self.entries.get(name, {})
 

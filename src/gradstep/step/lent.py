@@ -1,14 +1,14 @@
 """A step for arrays that never change, taken in memory that their owner gives up for it."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, overload
 
 import numpy as np
 
-from gradstep.arrays.library import Lender
-from gradstep.arrays.numpy import NUMPY
-from gradstep.errors import AliasedParametersError
+from gradstep.arrays.library import Lender, Located
+from gradstep.arrays.memory import Bits, Memory
+from gradstep.arrays.numpy import NumPy
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.step.intake import Intake
 from gradstep.step.look import Look, Policy
@@ -20,8 +20,8 @@ from gradstep.step.share import FunctionalShare, Slots
 class LentStep:
     """The step of NumPy, on memory that is another library's.
 
-    All that writes nothing runs while the old arrays still have their memory. Then the library makes new arrays on
-    it, which nobody has seen yet, and these are written.
+    All that writes nothing runs while the old arrays still have their memory. Then the library makes new arrays with
+    the same elements, on that memory where nobody else has a share in it, and these are written.
 
     Args:
         lender: whose arrays they are.
@@ -43,23 +43,20 @@ class LentStep:
         self._lender, self._shares, self._intake, self._policy = lender, shares, intake, policy
         self._names = [name for share in shares for name in share.names]
         slots = [row for share in shares for row in share.slots()]
-        parameters, gradients = ([tree[name] for name in self._names] for tree in (params, grads))
-        lender.wait([*parameters, *gradients])
-        self._make_plan(parameters, slots, gradients)
-
-    def _make_plan(self, parameters: list[Any], slots: list[Slots], gradients: list[Any]) -> None:
-        """Plan for these arrays; what is known of the plan's addresses changes with it."""
-        view, names = self._lender.view, self._names
-        params, grads = (dict(zip(names, map(view, arrays), strict=True)) for arrays in (parameters, gradients))
-        state = {
-            name: {slot: view(array) for slot, array in row.items()} for name, row in zip(names, slots, strict=True)
-        }
-        shares = [Share(share.leaf, share.names, state) for share in self._shares]
-        with _offering_copies():
-            plan = Plan(NUMPY, shares, params, grads, self._intake)
-        self._plan = plan
-        self._written = self._lender.addresses([*parameters, *_arrays(slots)])
-        self._read: list[int] | None = self._lender.addresses(gradients)
+        self._coming: Located | None = None  # the gradients of the step that is going to be written
+        written = lender.locate([*(params[name] for name in self._names), *_arrays(slots)])
+        read = lender.locate([grads[name] for name in self._names])
+        parameters, rows = _parted(map(lender.view, *written), self._names, slots)
+        self._plan = Plan(
+            LENT,
+            [Share(share.leaf, share.names, dict(zip(self._names, rows, strict=True))) for share in shares],
+            dict(zip(self._names, parameters, strict=True)),
+            dict(zip(self._names, map(lender.view, *read), strict=True)),
+            intake,
+            lent=True,
+        )
+        self._halves = slice(len(self._names)), slice(len(self._names), None)
+        self._written, self._read = written.addresses, read.addresses
 
     def check(self, scales: Scales) -> None:
         """See `Plan.check`."""
@@ -67,92 +64,106 @@ class LentStep:
 
     def look(self, gradients: list[Any], totals: list[Any], max_norm: float | None, scales: Scales) -> Look:
         """See `Way.look`."""
-        self._lender.wait(gradients)
-        self._plan.place("g", np.array(self._lender.addresses(gradients), np.int64))
-        self._read = None  # whether they overlap what is written is seen when that is known
-        return self._look(gradients, scales)
+        located = self._lender.locate(gradients)
+        self._find_gradients(located.addresses)
+        return self._look(located, scales)
 
-    def _look(self, gradients: list[Any], scales: Scales) -> Look:
+    def _look(self, gradients: Located, scales: Scales) -> Look:
         with IeeeArithmetic():
             found = self._plan.inspect(_Views(self._lender.view, gradients), scales)
-        each_finite = np.ones(len(gradients), bool)
-        each_finite[found.culprits] = False
-        return Look(found.norm, np.isfinite(found.norm), None, each_finite)
+        culprits = set(found.culprits)
+        each_finite = [place not in culprits for place in range(len(gradients.arrays))]
+        return Look(found.norm, math.isfinite(found.norm), None, each_finite)
 
     def run(
         self, parameters: list[Any], slots: list[Slots], gradients: list[Any], totals: list[Any], found: Look | None,
         max_norm: float | None, scales: Scales,
     ) -> tuple[list[Any], list[Slots], Look | None]:  # fmt: skip
         """See `Way.run`."""
-        written = [*parameters, *_arrays(slots)]
-        self._lender.wait([*written, *gradients])
-        if self._lender.addresses(written) == self._written:
-            self._find_gradients(gradients)
-        else:
-            self._make_plan(parameters, slots, gradients)
+        self._coming = None
+        everything = self._lender.locate([*gradients, *parameters, *_arrays(slots)])
+        read, written = (Located(*(part[where] for part in everything)) for where in self._halves)
+        self._find_gradients(read.addresses)
+        self._find(written.addresses, slots)
         if self._policy.looking:
-            found = self._look(gradients, scales)
+            found = self._look(read, scales)
         if found and self._policy.skipping and not found.finite:
-            return parameters, slots, found
+            return [*parameters], slots, found
         if found and self._policy.clipped and max_norm is not None:
             scales = scales.clipped(found.norm, max_norm)
         with IeeeArithmetic():
             self._plan.prepare(scales)
-        new = self._lender.renew(written)  # from here on nothing can fail: the old arrays are gone
-        caught = type(new[0]) is not type(written[0])  # by a transformation, in which nothing has happened yet
-        rest = iter(new)
-        parameters = [next(rest) for _ in parameters]
-        slots = [dict(zip(row, rest, strict=False)) for row in slots]
-        if caught:
-            return parameters, slots, found  # the caller refuses them
-        if self._lender.addresses(new) != self._written:
-            self._move(parameters, slots)
+        new = self._lender.renew(written.arrays)  # from here on nothing can fail: the old arrays are gone
+        # A transformation may have caught them: nothing happens in there, and the caller refuses them.
+        self._coming = read if type(new[0]) is type(written.arrays[0]) else None
+        return *_parted(new, parameters, slots), found
+
+    def finish(self, parameters: list[Any], slots: list[Slots]) -> None:
+        """See `Way.finish`."""
+        if self._coming is None:  # the step was left out
+            return
+        new = self._lender.locate([*parameters, *_arrays(slots)])
+        self._find(new.addresses, slots)
         self._plan.commit(())
-        return parameters, slots, found
+        self._coming = None
 
-    def _move(self, parameters: list[Any], slots: list[Slots]) -> None:
-        """Where somebody else has a share in the memory, the library has copied it: write the copies."""
-        find = self._lender.addresses
-        self._plan.place("w", np.array(find(parameters), np.int64))
-        for part in dict.fromkeys(part for row in slots for part in row):
-            places = [find([row[part]])[0] if part in row else 0 for row in slots]
-            self._plan.place(part, np.array(places, np.int64))
-        self._written = []  # the next step is planned anew, for which gradients may not lie here
-
-    def _find_gradients(self, gradients: list[Any]) -> None:
-        addresses = self._lender.addresses(gradients)
+    def _find_gradients(self, addresses: list[int]) -> None:
+        """Let the plan know where the gradients lie."""
         if addresses != self._read:
-            with _offering_copies():
-                self._plan.move_gradients(np.array(addresses, np.int64))
+            self._plan.place("g", np.array(addresses, np.int64))
             self._read = addresses
 
+    def _find(self, addresses: list[int], slots: list[Slots]) -> None:
+        """Let the plan know where parameters and their slots lie."""
+        if addresses == self._written:
+            return
+        parameters, rows = _parted(addresses, self._names, slots)
+        self._plan.place("w", np.array(parameters, np.int64))
+        for part in dict.fromkeys(part for row in rows for part in row):
+            self._plan.place(part, np.array([row.get(part, 0) for row in rows], np.int64))
+        self._written = addresses
 
-@contextmanager
-def _offering_copies() -> Generator[None]:
-    try:
-        yield
-    except AliasedParametersError as error:
-        raise AliasedParametersError(f"{error}; or pass donate=False") from None
+
+class LentMemory(NumPy):
+    """Memory of another library, as a plan for memory sees it."""
+
+    def describe(self, array: Any, what: str) -> Memory:
+        """See `MemoryLibrary.describe`."""
+        values: np.ndarray[Any, Any] = array.values
+        return Memory(values.__array_interface__["data"][0], values.shape, values.strides, array.dtype)
+
+    def as_numpy(self, array: Any) -> np.ndarray[Any, Any]:
+        """See `MemoryLibrary.as_numpy`."""
+        return array.values
 
 
-class _Views(Sequence[Any]):
+LENT = LentMemory()
+
+
+class _Views(Sequence[Bits]):
     """Views of arrays, made when they are asked for."""
 
-    def __init__(self, view: Callable[[Any], Any], arrays: Sequence[Any]) -> None:
-        self._view, self._arrays = view, arrays
+    def __init__(self, view: Callable[[Any, int], Bits], located: Located) -> None:
+        self._view, self._located = view, located
 
     @overload
-    def __getitem__(self, place: int) -> Any: ...
+    def __getitem__(self, place: int) -> Bits: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[Any]: ...
+    def __getitem__(self, place: slice) -> Sequence[Bits]: ...
     def __getitem__(self, place: int | slice) -> Any:
         if isinstance(place, slice):
-            return _Views(self._view, self._arrays[place])
-        return self._view(self._arrays[place])
+            return _Views(self._view, Located(*(part[place] for part in self._located)))
+        return self._view(self._located.arrays[place], self._located.addresses[place])
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._located.arrays)
 
 
 def _arrays(slots: Sequence[Slots]) -> list[Any]:
     return [array for row in slots for array in row.values()]
+
+
+def _parted(arrays: Iterable[Any], parameters: Sized, slots: Sequence[Slots]) -> tuple[list[Any], list[Slots]]:
+    """Arrays that come one after the other as parameters and their slots."""
+    rest = iter(arrays)
+    return [next(rest) for _ in range(len(parameters))], [dict(zip(row, rest, strict=False)) for row in slots]

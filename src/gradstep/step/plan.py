@@ -45,7 +45,10 @@ class Share:
 
 
 class Plan:
-    """The tables of a step. Holds no reference to parameters or gradients."""
+    """The tables of a step. Holds no reference to parameters or gradients.
+
+    `lent` memory is not looked at for overlap: nobody else has a share in it when it is written.
+    """
 
     in_place: Literal[True] = True
 
@@ -56,6 +59,8 @@ class Plan:
         params: Mapping[str, Any],
         grads: Mapping[str, Any],
         intake: Intake,
+        *,
+        lent: bool = False,
     ) -> None:
         self.library, self.shares = library, list(shares)
         _ = pool.threads  # an error in how many there should be belongs here, before anything is written
@@ -70,9 +75,9 @@ class Plan:
                 for name in share.names
             ]  # fmt: skip
         self.matches = [match for share in self.shares for match in share.matches]
-        self._extents = self._survey()
-        parameters, gradients = (_addresses([m.memory[place] for m in self.matches]) for place in ("w", "g"))
-        self._extents.check(parameters, gradients)
+        self._extents = None if lent else self._survey()
+        if self._extents:
+            self._extents.check(*(_addresses([m.memory[place] for m in self.matches]) for place in ("w", "g")))
         self.batches = [batch for share in self.shares for batch in batches(share.leaf, library, share.matches)]
         places = {name: place for place, name in enumerate(self.names)}
         self._members = [np.array([places[m.name] for m in batch.matches], np.int64) for batch in self.batches]
@@ -107,13 +112,15 @@ class Plan:
 
     def move(self, parameters: Integers, gradients: Integers) -> None:
         """The arrays may lie elsewhere now: check for overlap again and change the tables."""
-        self._extents.check(parameters, gradients)
+        if self._extents:
+            self._extents.check(parameters, gradients)
         self.place("w", parameters)
         self.place("g", gradients)
 
     def move_gradients(self, gradients: Integers) -> None:
         """The same when only gradients have moved."""
-        self._extents.check_gradients(gradients)
+        if self._extents:
+            self._extents.check_gradients(gradients)
         self.place("g", gradients)
 
     def place(self, place: str, addresses: Integers) -> None:

@@ -7,9 +7,8 @@ from gradstep.arrays.library import FunctionalLibrary
 from gradstep.step.forms import describe_floats, make_slots
 from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
-from gradstep.step.outcome import Outcome
 
-Slots: TypeAlias = Mapping[str, Any]
+Slots: TypeAlias = dict[str, Any]
 """The arrays of one parameter's state, by name."""
 
 
@@ -45,8 +44,7 @@ class FunctionalShare:
         """The slots of each parameter as they are now."""
         return [self._made[name] if self._made else self.leaf.slots_of(name) for name in self.names]
 
-    def advance(self, slots: Sequence[Slots], outcome: Outcome | None) -> None:
-        """Let the optimizer adopt what a step has made, at once or when the device says that it was taken."""
+    def adopt(self, slots: Sequence[Slots]) -> None:
+        """Let the optimizer adopt what a step has made."""
         self._made = {}
-        self.leaf.adopt_slots({name: dict(new) for name, new in zip(self.names, slots, strict=True)})
-        self.leaf.take(self.rows, outcome)
+        self.leaf.adopt_slots(dict(zip(self.names, slots, strict=True)))

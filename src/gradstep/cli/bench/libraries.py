@@ -79,6 +79,7 @@ class Mlx(Library):
 
     name = "mlx"
     waits = True
+    options: ClassVar[dict[str, bool]] = {"donate": True}
 
     def copy(self, array: NDArray[np.float32]) -> Any:
         mx: Any = importlib.import_module("mlx.core")
