@@ -27,7 +27,8 @@ class MultiOptimizer(Optimizer):
             Each is asked once per name.
         clip_norm: clip the gradients of all children together to this global norm; None for not at all.
         nonfinite: "allow", "raise" or "skip" when any gradient holds NaN or infinity.
-        donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        donate: let JAX and MLX reuse the memory of old parameters and slots, on the CPU at once and in gradstep's own
+            kernels; arrays of JAX that are held elsewhere become invalid.
         frozen: globs of parameters that are left alone: they get no slots and take part in no step.
 
     Raises:

@@ -23,7 +23,8 @@ class AdaDelta(RuleOptimizer):
         eps: added under the roots, > 0.
         clip_norm: clip the gradients to this global norm within the step; None for not at all.
         nonfinite: "allow", "raise" or "skip" when a gradient holds NaN or infinity.
-        donate: let JAX reuse the memory of old parameters and slots; arrays that are held elsewhere become invalid.
+        donate: let JAX and MLX reuse the memory of old parameters and slots, on the CPU at once and in gradstep's own
+            kernels; arrays of JAX that are held elsewhere become invalid.
         frozen: globs of parameters that are left alone: they get no slots and take part in no step.
         slot_dtype: "float32", "bfloat16", "float16" or "int8" for all slots, or a mapping from slot to one of them;
             None for the dtype of the computation.

@@ -28,7 +28,7 @@ class MemoryBill:
         masters: the float32 copies of parameters.
         scratch: dense copies of arrays that kernels cannot walk, matrices that are orthogonalized, and sums, for
             gradients laid out like their parameters. 0 for JAX and MLX, which have temporaries of their own;
-            what donated arrays of JAX take on the CPU is not counted.
+            what donated arrays take on the CPU is not counted.
         sums: the sums of micro-batches; 0 without `Accumulate`.
     """
 
