@@ -90,3 +90,7 @@ def listing(names: Sequence[str]) -> str:
     """Names as an error lists them."""
     shown = ", ".join(map(repr, names[:8]))
     return (shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"
+
+
+class CommunicationError(GradstepError, RuntimeError):
+    """A process of the group is dead, silent, or does something else."""

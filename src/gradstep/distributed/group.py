@@ -1,0 +1,59 @@
+"""What a step of several processes asks of a communicator, and how one is recognised."""
+
+import sys
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from gradstep.errors import ArgumentTypeError
+
+Array = np.ndarray[Any, Any]
+
+
+@runtime_checkable
+class Group(Protocol):
+    """Processes that work together, numbered from 0: ranks.
+
+    Everybody calls the same methods in the same order. Arrays are NumPy's, in C order; what is given is not kept.
+    A member that does not come, or is dead, ends in a `CommunicationError` after the group's timeout.
+    """
+
+    rank: int
+    size: int
+    name: str
+    """What does the work, for errors: "gloo", "MPI"."""
+
+    def gather(self, values: Array) -> Array:
+        """The values of all ranks, equal in shape and dtype (uint8, int64, float32 or float64), stacked by rank."""
+        ...
+
+    def gather_messages(self, message: bytes) -> list[bytes]:
+        """The messages of all ranks, of any length, by rank."""
+        ...
+
+    def sum_parts(self, parts: Array) -> Array:
+        """Row `rank` of the sum of all ranks' `parts`, float32 or float64 with a row for each rank.
+
+        Every rank gets the sum of its own row alone. The order in which ranks are added is the library's, and is the
+        same in every call for one shape.
+        """
+        ...
+
+
+def group_of(group: object) -> Group:
+    """The group behind a communicator: a process group of `torch.distributed`, or a communicator of mpi4py."""
+    torch_distributed, mpi = map(sys.modules.get, ("torch.distributed", "mpi4py.MPI"))
+    if torch_distributed is not None and isinstance(group, torch_distributed.ProcessGroup):
+        from gradstep.distributed.torch_group import TorchGroup
+
+        return TorchGroup(group)
+    if mpi is not None and isinstance(group, mpi.Comm):
+        from gradstep.distributed.mpi_group import MpiGroup
+
+        return MpiGroup(group)
+    if isinstance(group, Group):
+        return group
+    raise ArgumentTypeError(
+        f"group must be a process group of torch.distributed or a communicator of mpi4py, got {group!r}; pass "
+        "torch.distributed.group.WORLD after init_process_group, or mpi4py.MPI.COMM_WORLD"
+    )
