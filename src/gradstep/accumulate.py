@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -11,26 +11,24 @@ from gradstep.arrays.memory import axis_order
 from gradstep.arrays.stored import Stored
 from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
-from gradstep.optimizer import OWN, Optimizer, checked_scale, pick
+from gradstep.optimizer import Optimizer, checked_scale, pick
 from gradstep.options import thawed
 from gradstep.program.formats import compute_dtype
-from gradstep.report import Rate, Report
+from gradstep.report import Report
 from gradstep.rules.base import RuleOptimizer
 from gradstep.step.bill import MemoryBill, sums_bill
 from gradstep.step.forms import describe_floats, refuse_tracing
 from gradstep.step.functional import FormWatch
 from gradstep.step.intake import Intake, check_stored_sum, check_sum
-from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter
-from gradstep.step.outcome import Outcome
 from gradstep.step.scalars import Scales
 from gradstep.tree import named_arrays
+from gradstep.wrapper import Wrapper
 
 Params = TypeVar("Params")
-MINE = frozenset({"_inner", "_every", "_round", "_adders", "_seen", *OWN})
 
 
-class Accumulate(Optimizer):
+class Accumulate(Wrapper):
     """Gradient accumulation: `every` micro-batches of one size make the step of one big batch.
 
     ```
@@ -68,7 +66,7 @@ class Accumulate(Optimizer):
     """
 
     _uncopied: ClassVar[frozenset[str]] = Optimizer._uncopied | {"_seen"}
-    _inner: Optimizer
+    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {"_every", "_round", "_adders", "_seen"}
     _every: int
     _round: "Round"
     _adders: "tuple[Adder, Adder]"
@@ -89,11 +87,6 @@ class Accumulate(Optimizer):
         self._inner, self._every, self._round = optimizer, int(every), Round()
         self._adders = Adder(), Adder()  # each keeps one plan: for the first call of a round, and for the others
         self._register()
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The wrapped optimizer."""
-        return self._inner
 
     @property
     def every(self) -> int:
@@ -279,80 +272,18 @@ class Accumulate(Optimizer):
             self._round.forget()
             self._seen = None
 
-    # What is the wrapped optimizer's
-
-    @property
-    def learning_rate(self) -> Any:
-        """The wrapped optimizer's rate; it may be set to a number or a schedule."""
-        return getattr(self._inner, "learning_rate", None)
-
-    @learning_rate.setter
-    def learning_rate(self, value: object) -> None:
-        setattr(self._inner, "learning_rate", value)  # noqa: B010
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """Those of the wrapped optimizer; each is also an attribute."""
-        return cast("Any", self._inner).hyperparameters
-
     @property
     def report(self) -> Report | None:
         """What the last step of the wrapped optimizer did; None before the first. A micro-batch that was only added
         leaves it; `micro_step` tells of that."""
         return self._inner.report
 
-    @property
-    def step(self) -> int:
-        return self._inner.step
-
-    @property
-    def state(self) -> Mapping[str, Mapping[str, Any]]:
-        return self._inner.state
-
-    @property
-    def steps(self) -> dict[str, int]:
-        return self._inner.steps
-
-    def _coming_rate(self) -> Rate:
-        return self._inner._coming_rate()
-
-    def _leaves(self) -> list[Leaf]:
-        return self._inner._leaves()
-
-    def _route(self, params: Mapping[str, Any], *, remember: bool = True) -> list[tuple[Leaf, list[str]]]:
-        return self._inner._route(params, remember=remember)
-
-    def _titles(self) -> list[str]:
-        return self._inner._titles()
-
-    def _forget_routes(self) -> None:
-        self._inner._forget_routes()
-
-    def _check_options(self) -> None:
-        self._inner._check_options()
-
     def _family(self) -> list[Optimizer]:
         return [self, *self._adders, *self._inner._family()]
-
-    def _count_step(self, outcome: Outcome | None = None) -> None:
-        self._inner._count_step(outcome)
 
     def _register(self) -> None:
         super()._register()
         self._seen = None
-
-    if not TYPE_CHECKING:  # hyperparameters, options and whatever else the wrapped optimizer has
-
-        def __getattr__(self, name: str) -> Any:
-            if name in MINE:
-                raise AttributeError(name)
-            return getattr(self._inner, name)
-
-        def __setattr__(self, name: str, value: object) -> None:
-            if name in MINE or isinstance(vars(Accumulate).get(name), property):
-                object.__setattr__(self, name, value)
-            else:
-                setattr(self._inner, name, value)
 
     def __repr__(self) -> str:
         return f"Accumulate({self._inner!r}, every={self._every})"

@@ -80,6 +80,8 @@ class Batch:
         self._matrices: dict[str, list[Array]] = {}
         self._workspace = Workspace()
         self._stacks = [count_matrices(match.shape) for match in matches]
+        self._starts: Integers = np.array([match.start for match in matches], np.int64)
+        self._pieces = bool(self._starts.any())
         self._dimensions = self._measure()
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
@@ -113,7 +115,7 @@ class Batch:
         if self._dimensions is not None:
             chunks = matrix_chunks(self._dimensions, np.array(self._stacks, np.int64))
         else:
-            chunks = flat_chunks(self.sizes)
+            chunks = flat_chunks(self.sizes, self._starts)
         launch = self._make_launch(source, chunks, int(self.sizes.sum()), self._dimensions)
         for reduction in sweep.reductions:
             sums = Sums([blocks_summed(self.program, reduction, m.shape) for m in self.matches], reduction.kind)
@@ -163,12 +165,12 @@ class Batch:
         addresses = np.zeros(len(self.matches), np.int64)
         for i, match in enumerate(self.matches):
             if not may_copy or match.is_direct(part):
-                addresses[i] = match.memory[part].address
+                addresses[i] = match.memory[part].address - match.lead(part)
                 continue
             copy = match.scratch(part)
             array = match.total if part == "g.sum" else match.slots.get(part)
             self.scratch.append(Scratch(part, i, copy, written=part not in ("g", "g.sum"), array=array))
-            addresses[i] = copy.ctypes.data
+            addresses[i] = copy.ctypes.data - match.lead(part)
         return addresses
 
     def _lay_out_matrices(self) -> None:
@@ -200,7 +202,10 @@ class Batch:
         for scratch in self.scratch:
             if scratch.place == place:
                 addresses[scratch.tensor] = scratch.copy.ctypes.data
-        self._place(place, addresses)
+        self._place(place, addresses - self._leads(place) if self._pieces else addresses)
+
+    def _leads(self, place: str) -> Integers:
+        return np.array([match.lead(place) for match in self.matches], np.int64)
 
     def gather(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
         """Copy into scratch what no kernel can walk."""

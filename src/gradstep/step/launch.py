@@ -86,9 +86,12 @@ class Launch:
         pool.run(self.kernel, self._job_address, threads, self._team)
 
 
-def flat_chunks(sizes: Integers) -> Integers:
-    """Cut tensors into blocks of `BLOCK` elements."""
-    return _chunks(sizes, np.full_like(sizes, BLOCK))
+def flat_chunks(sizes: Integers, starts: Integers | None = None) -> Integers:
+    """Cut tensors into blocks of `BLOCK` elements; `starts` are the numbers of their first elements, if not 0."""
+    chunks = _chunks(sizes, np.full_like(sizes, BLOCK))
+    if starts is not None:
+        chunks[:, 1] += starts[chunks[:, 0]]
+    return chunks
 
 
 def matrix_chunks(dimensions: Integers, stacks: Integers) -> Integers:

@@ -16,7 +16,7 @@ from gradstep.arrays.memory import (
 )
 from gradstep.arrays.stored import Stored
 from gradstep.errors import AliasedParametersError, ArgumentTypeError, DtypeError, ReadOnlyError, ShapeError
-from gradstep.program.formats import EXPECTED, FLOATS, Format
+from gradstep.program.formats import EXPECTED, FLOATS, QUANTUM, Format, scales_of
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import Program
 from gradstep.step.storage import Part, Storage, are_ordered, parts_of
@@ -36,6 +36,14 @@ class Match(NamedTuple):
     memory: Mapping[str, Memory]
     slots: Mapping[str, Any]
     total: Any  # the sum that the gradient is added to, if there is one
+    start: int  # the number of the first element, where the arrays are a piece of larger ones
+
+    def lead(self, array: str) -> int:
+        """How many bytes before an array its element 0 would lie, from which kernels count."""
+        if not self.start:
+            return 0
+        blocks = any(array == scales_of(place) for place in self.formats)
+        return (self.start // QUANTUM if blocks else self.start) * self.memory[array].itemsize
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,9 +92,12 @@ def describe_floats(library: MemoryLibrary, array: Any, what: str) -> Memory:
 
 def match(
     library: MemoryLibrary, name: str, parameter: Any, gradient: Any, program: Program, storage: Storage,
-    slots: Mapping[str, Any], reading: Reading = Reading.PLAIN, total: Any = None,
+    slots: Mapping[str, Any], reading: Reading = Reading.PLAIN, total: Any = None, start: int = 0,
 ) -> Match:  # fmt: skip
-    """Check the arrays of one name against each other; missing slots are allocated, not yet published."""
+    """Check the arrays of one name against each other; missing slots are allocated, not yet published.
+
+    Elements are numbered from `start` on, a multiple of `BLOCK`.
+    """
     memory = {"w": check_parameter(library, name, parameter)}
     memory["g"] = describe_floats(library, gradient, f"grads[{name!r}]")
     if memory["g"].shape != memory["w"].shape:
@@ -100,7 +111,7 @@ def match(
         formats["g.sum"] = Format(memory["g.sum"].dtype)
     order = walking_order(memory["w"], program, formats)
     strides = strides_in_order(memory["w"].shape, order)
-    return Match(name, program, formats, reading, order, strides, memory, found, total)
+    return Match(name, program, formats, reading, order, strides, memory, found, total, start)
 
 
 def check_products(library: MemoryLibrary, name: str, program: Program) -> None:

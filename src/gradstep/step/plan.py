@@ -1,7 +1,7 @@
 """A step planned: which arrays run in which batch, checked once and reused while nothing but addresses changes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,12 +20,33 @@ from gradstep.step.overlap import Extents
 from gradstep.step.scalars import Scales
 
 
-class Share:
-    """The gradients that one optimizer takes in this step."""
+class Piece(NamedTuple):
+    """Of which array one is a piece: the number of its first element there, and how many axes there are."""
 
-    def __init__(self, leaf: Leaf, names: list[str], slots: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    start: int
+    ndim: int
+
+
+class Share:
+    """The gradients that one optimizer takes in this step.
+
+    Args:
+        leaf: the optimizer.
+        names: the parameters.
+        slots: their slots, where they are not the optimizer's own arrays.
+        pieces: which of them are pieces of larger ones, flat and in C order.
+    """
+
+    def __init__(
+        self,
+        leaf: Leaf,
+        names: list[str],
+        slots: Mapping[str, Mapping[str, Any]] | None = None,
+        pieces: Mapping[str, Piece] | None = None,
+    ) -> None:
         self.leaf, self.names = leaf, names
-        self._slots = slots  # where they are not the optimizer's own arrays
+        self._pieces = pieces or {}
+        self._slots = slots
         self.matches: list[Match] = []
         self._rows = leaf.reserve(names)
         self.published = False  # whether the slots are the optimizer's already
@@ -33,6 +54,10 @@ class Share:
     def slots_of(self, name: str) -> Mapping[str, Any]:
         """The slots that a parameter has so far."""
         return self.leaf.slots_of(name) if self._slots is None else self._slots[name]
+
+    def piece(self, name: str, parameter: Any) -> Piece:
+        """What the parameter is a piece of; mostly it is whole."""
+        return self._pieces.get(name) or Piece(0, parameter.ndim)
 
     def stage(self) -> State:
         """The optimizer's state after the step, not yet adopted."""
@@ -66,13 +91,14 @@ class Plan:
         _ = pool.threads  # an error in how many there should be belongs here, before anything is written
         self.names = [name for share in shares for name in share.names]
         for share in self.shares:
+            pieces = {name: share.piece(name, params[name]) for name in share.names}
             share.matches = [
                 match(
                     library, name, params[name], grads[name],
-                    share.leaf.program(name, params[name].ndim, intake.reading(name)), share.leaf.storage,
-                    share.slots_of(name), intake.reading(name), intake.total(name),
+                    share.leaf.program(name, piece.ndim, intake.reading(name)), share.leaf.storage,
+                    share.slots_of(name), intake.reading(name), intake.total(name), piece.start,
                 )
-                for name in share.names
+                for name, piece in pieces.items()
             ]  # fmt: skip
         self.matches = [match for share in self.shares for match in share.matches]
         self._extents = None if lent else self._survey()
