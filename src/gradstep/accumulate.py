@@ -125,6 +125,12 @@ class Accumulate(Wrapper):
         self._exclusively(lambda: self._scaled_step(grads, params, scale))
         return params
 
+    def _check_inside(self, outer: str) -> None:
+        raise ConfigurationError(
+            f"{self!r} cannot be inside of {outer}, whose steps are whole; wrap that instead: "
+            f"Accumulate({outer}(…), every={self.every})"
+        )
+
     def _scaled_step(self, grads: object, params: object, scale: float) -> None:
         self._check_options()
         if self._round.loaded:
@@ -159,7 +165,7 @@ class Accumulate(Wrapper):
         wanted = thawed(wanted, self._inner.frozen)
         sums, seen = self._sums_for(wanted, named)
         adder = self._adders[self._round.count > 0]
-        adder.nonfinite = "raise" if self._inner.nonfinite == "raise" else "allow"
+        adder.nonfinite = "raise" if self._inner._nonfinite_of_parts == "raise" else "allow"
 
         def done() -> None:
             self._round.take(sums)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from gradstep.accumulate import Accumulate
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.optimizer import Optimizer
 from gradstep.options import Policy
@@ -129,11 +128,7 @@ class MultiOptimizer(Optimizer):
         for child in children:
             if not isinstance(child, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise ArgumentTypeError(f"MultiOptimizer's optimizers must be gradstep optimizers, got {child!r}")
-            if isinstance(child, Accumulate):
-                raise ConfigurationError(
-                    f"{child!r} cannot be one of several optimizers, which all take part in every step; wrap the "
-                    f"MultiOptimizer instead: Accumulate(MultiOptimizer([…]), every={child.every})"
-                )
+            child._check_inside("MultiOptimizer")
         inner = [leaf for child in children for leaf in child._leaves()]
         if len({id(leaf) for leaf in inner}) < len(inner) or len({id(child) for child in children}) < len(children):
             raise ConfigurationError("MultiOptimizer got the same optimizer twice; make one for each filter")

@@ -88,6 +88,14 @@ class Optimizer(Persistent, Options, ABC):
     def _check_options(self) -> None:
         """Raise when the options of this optimizer and its children do not go together."""
 
+    def _check_inside(self, outer: str) -> None:
+        """Raise `ConfigurationError` if it cannot be inside of an optimizer of this class."""
+
+    @property
+    def _nonfinite_of_parts(self) -> Policy:
+        """What a gradient that is not finite means while a round is added up."""
+        return self._nonfinite
+
     @abstractmethod
     def _titles(self) -> list[str]:
         """What the leaves are called in a table."""
@@ -297,7 +305,7 @@ class Optimizer(Persistent, Options, ABC):
         culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
         if inspection and not math.isfinite(inspection.norm) and self._nonfinite != "allow":
             if self._nonfinite == "raise":
-                raise _nonfinite_error(culprits)
+                raise nonfinite_error(culprits)
             report = self._make_report(inspection, culprits, applied=False)
             with InterruptsHeld():
                 self._report = report
@@ -333,7 +341,7 @@ class Optimizer(Persistent, Options, ABC):
         if look:
             norm, culprits = plan.read(look)
             if not math.isfinite(norm):
-                raise _nonfinite_error(culprits)
+                raise nonfinite_error(culprits)
         rate = self._coming_rate()
         with InterruptsHeld():  # from here on old arrays may have been donated
             new_parameters, new_slots, look = plan.run(parameters, gradients, totals, look, self._clip_norm, scales)
@@ -610,7 +618,7 @@ def pick(named: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
         ) from None
 
 
-def _nonfinite_error(culprits: Sequence[str]) -> NonFiniteGradientError:
+def nonfinite_error(culprits: Sequence[str]) -> NonFiniteGradientError:
     found = f"hold NaN or infinity: {', '.join(culprits)}" if culprits else "have an infinite norm"
     return NonFiniteGradientError(
         f"these gradients {found}; nothing was changed. "

@@ -56,6 +56,11 @@ class Leaf:
         self._programs: dict[Any, Program] = {}
         self._groups: dict[str, Group] = {}  # which settings each parameter has, as far as anybody has asked
 
+    @property
+    def family(self) -> str:
+        """The name of the optimizer's class."""
+        return self._family.__name__
+
     # Hyperparameters
 
     def change(self, settings: Settings) -> None:

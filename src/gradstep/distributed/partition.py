@@ -1,0 +1,89 @@
+"""Which rank steps which part of which parameter."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from gradstep.program.blocks import BLOCK
+
+
+class Portion(NamedTuple):
+    """What a rank has of a parameter: elements in C order from `start` to `stop`."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+class Extent(NamedTuple):
+    """What the partition must know of a parameter.
+
+    Attributes:
+        size: its number of elements.
+        divisible: whether its elements are stepped each by itself and lie in C order.
+        cost: what its step takes, if it is not divisible, in whatever unit.
+    """
+
+    size: int
+    divisible: bool
+    cost: int
+
+
+class Partition:
+    """Portions of parameters by name; it never changes, and what has been assigned stays so when others come.
+
+    Divisible parameters are one flat space, in the order of their names, cut into equal ranges at whole blocks of
+    elements: so sums over blocks, codes of 8 bits and random numbers are what they are in one process. Others have one
+    owner each, the most expensive first, who is the one with the least to do.
+
+    Args:
+        ranks: how many there are.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._portions: dict[str, list[Portion]] = {}
+        self._costs = [0] * ranks  # of what has one owner
+
+    def __getitem__(self, name: str) -> list[Portion]:
+        return self._portions[name]
+
+    def extended(self, extents: Mapping[str, Extent]) -> "Partition":
+        """This one, and the parameters among these that it does not have."""
+        new = {name: extent for name, extent in sorted(extents.items()) if name not in self._portions}
+        if not new:
+            return self
+        larger = Partition(self._ranks)
+        larger._portions, larger._costs = dict(self._portions), list(self._costs)
+        larger._cut({name: extent.size for name, extent in new.items() if extent.divisible})
+        larger._give({name: extent for name, extent in new.items() if not extent.divisible})
+        return larger
+
+    def of_rank(self, rank: int, names: Iterable[str]) -> dict[str, Portion]:
+        """What a rank has of these parameters; whole blocks that follow on each other, so one portion of each."""
+        return {name: part for name in names for part in self._portions[name] if part.rank == rank}
+
+    def _cut(self, sizes: Mapping[str, int]) -> None:
+        total, before = sum(sizes.values()), 0
+        for name, size in sizes.items():
+            ends = [min(max(_rounded(total * (rank + 1) / self._ranks - before), 0), size) for rank in self._each]
+            ends[-1] = size
+            starts = [0, *ends[:-1]]
+            portions = [Portion(*part) for part in zip(self._each, starts, ends, strict=True) if part[1] < part[2]]
+            self._portions[name] = portions or [Portion(0, 0, 0)]
+            before += size
+
+    def _give(self, extents: Mapping[str, Extent]) -> None:
+        for name, extent in sorted(extents.items(), key=lambda item: (-item[1].cost, item[0])):
+            owner = min(self._each, key=lambda rank: (self._costs[rank], rank))
+            self._costs[owner] += extent.cost
+            self._portions[name] = [Portion(owner, 0, extent.size)]
+
+    @property
+    def _each(self) -> range:
+        return range(self._ranks)
+
+
+def _rounded(elements: float) -> int:
+    """The nearest number of elements that fills blocks."""
+    return math.floor(elements / BLOCK + 0.5) * BLOCK

@@ -1,0 +1,247 @@
+"""An optimizer whose state is spread over several processes."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+
+from gradstep.arrays.library import recognise
+from gradstep.distributed.council import Council, Facts, word_of
+from gradstep.distributed.group import Group, group_of
+from gradstep.distributed.norm import Found
+from gradstep.distributed.partition import Partition
+from gradstep.distributed.sharded_step import Routes, ShardedPlan, extents_of
+from gradstep.errors import ArgumentTypeError, ConfigurationError
+from gradstep.interrupts import InterruptsHeld
+from gradstep.optimizer import Optimizer, PlanKey, nonfinite_error, pick
+from gradstep.options import Policy, thawed
+from gradstep.program.graph import Reading
+from gradstep.step.bill import MemoryBill, bill
+from gradstep.step.inspection import Inspection
+from gradstep.step.intake import PLAIN, SCALED, Intake
+from gradstep.step.overlap import refuse_overlap
+from gradstep.step.scalars import Scales
+from gradstep.tree import named_arrays
+from gradstep.wrapper import Wrapper
+
+
+class Planned(NamedTuple):
+    """A plan, what it was made for, and the partition that it needs."""
+
+    key: PlanKey
+    plan: ShardedPlan
+    partition: Partition
+
+
+class Sharded(Wrapper):
+    """An optimizer whose state is spread over the ranks of a group: each of `size` keeps about 1 / size of it.
+
+    ```
+    g = (g on rank 0 + g on rank 1 + …) / size        averaged; each rank gets the part that it steps
+    w, slots = rule(w, g, slots)                      each rank its part
+    w                                                 the parts brought to all ranks
+    ```
+
+    Every rank has all parameters, the same on all of them, and the gradients of its own part of the batch. All call
+    `apply_gradients` together. Elementwise rules are cut through tensors, at multiples of 32768 elements; a tensor
+    whose rule needs all of it, as those of Adafactor and Muon do, has one owner. Given the same averaged gradients,
+    elementwise rules give the bits of one process for every number of ranks.
+
+    A step happens on all ranks or on none: what is found wrong on one, a shape, a schedule, a gradient that is not
+    finite or has no counterpart, is an error on all of them that names the rank, and nothing has changed. A rank that
+    is dead or silent is a `CommunicationError` after the group's timeout.
+
+    Everything else is the wrapped optimizer's: hyperparameters, options, counters and `report`. `state` holds this
+    rank's parts, flat where a tensor was cut, and `steps` their counts.
+
+    Args:
+        optimizer: whose steps are taken, a `MultiOptimizer` too.
+        group: a process group of `torch.distributed` with gloo, or a communicator of mpi4py.
+
+    Raises:
+        ArgumentTypeError: `optimizer` is no optimizer, or `group` no group.
+        ConfigurationError: the optimizer is sharded already, or accumulates: `Accumulate(Sharded(…), every=…)` does.
+
+    Example:
+        >>> import gradstep as gs, numpy as np
+        >>> class Alone:  # of torch.distributed or mpi4py in earnest
+        ...     name, rank, size = "nobody else", 0, 1
+        ...     def gather(self, values): return values[None]
+        ...     def gather_messages(self, message): return [message]
+        ...     def sum_parts(self, parts): return parts[0]
+        >>> opt, params = gs.Sharded(gs.SGD(0.5), Alone()), {"w": np.zeros(2, np.float32)}
+        >>> opt.apply_gradients({"w": np.array([1, 2], np.float32)}, params)
+        {'w': array([-0.5, -1. ], dtype=float32)}
+
+    Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054
+    """
+
+    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {"_group", "_council", "_partition", "_planned_step"}
+    _group: Group
+    _council: Council
+    _partition: Partition
+    _planned_step: Planned | None
+
+    def __init__(self, optimizer: Optimizer, group: object) -> None:
+        if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"Sharded takes an optimizer of gradstep, got {optimizer!r}")
+        optimizer._check_inside("Sharded")
+        self._inner, self._group = optimizer, group_of(group)
+        self._council, self._partition = Council(self._group), Partition(self._group.size)
+        self._register()
+
+    @property
+    def group(self) -> Group:
+        """The ranks: `group.rank` and `group.size`."""
+        return self._group
+
+    def _check_inside(self, outer: str) -> None:
+        if outer == "MultiOptimizer":
+            raise ConfigurationError(
+                f"{self!r} cannot be one of several optimizers; wrap the MultiOptimizer instead: "
+                "Sharded(MultiOptimizer([…]), group)"
+            )
+        if outer == "Sharded":
+            raise ConfigurationError(f"{self!r} is sharded already")
+
+    @property
+    def _nonfinite_of_parts(self) -> Policy:
+        return "allow"  # in a round one rank alone must not stop; the step looks at what all have averaged
+
+    def _scaled_step(self, grads: object, params: object, scale: float) -> None:
+        scaled = self._clip_norm is not None or scale != 1
+        self._take_step(grads, params, Scales(scale), SCALED if scaled else PLAIN)
+
+    def _take_step(self, grads: object, params: object, scales: Scales, intake: Intake) -> None:
+        council, facts = self._council, dict[str, str]()
+
+        def prepared() -> tuple[Planned, Mapping[str, Any], Mapping[str, Any]]:
+            self._resolve()
+            wanted, named = self._name_grads(grads), self._name_params(params)
+            planned = self._planned_here(wanted, named, intake)
+            planned.plan.plan.check(scales)
+            facts.update(self._coming_facts(planned, scales))
+            return planned, wanted, named
+
+        def word(result: tuple[Planned, Mapping[str, Any], Mapping[str, Any]]) -> int:
+            return word_of(json.dumps([result[0].plan.word, facts]).encode())
+
+        planned, wanted, named = council.attempt(prepared, word)
+        if not council.agreed:
+            council.compare({**planned.plan.facts, **facts})
+        self._partition, self._planned_step = planned.partition, planned
+        self._run(planned.plan, wanted, named, scales, intake)
+
+    def _run(
+        self, plan: ShardedPlan, wanted: Mapping[str, Any], named: Mapping[str, Any], scales: Scales, intake: Intake
+    ) -> None:
+        inner, council = self._inner, self._council
+        plan.average(wanted, intake, scales.micro)
+        scales = Scales(scales.whole)
+        found = self._found(plan, scales) if inner._inspects else None
+        inspection = Inspection(found.norm, []) if found else None
+        if found and not math.isfinite(found.norm) and inner._nonfinite != "allow":
+            if inner._nonfinite == "raise":
+                raise nonfinite_error(found.culprits)
+            report = inner._make_report(inspection, found.culprits, applied=False)
+            with InterruptsHeld():
+                inner._report = report
+                intake.done()
+            return
+        if found and inner._clip_norm is not None:
+            scales = scales.clipped(found.norm, inner._clip_norm)
+        council.attempt(lambda: plan.prepare(named, scales))
+        report = inner._make_report(inspection, found.culprits if found else (), applied=True)
+        with InterruptsHeld():
+            plan.commit(named)
+            inner._count_step()
+            inner._report = report
+            intake.done()
+            plan.spread(named)
+
+    def _found(self, plan: ShardedPlan, scales: Scales) -> Found:
+        squares = self._council.attempt(plan.norm.squares)
+        return plan.norm.found(self._group.gather(squares), scales.whole)
+
+    def _planned_here(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> Planned:
+        """The plan for these arrays, as far as this rank can tell: the last one, or a new one."""
+        key, last = self._key(wanted, named, intake), self._planned_step
+        if last and last.key == key and last.plan.plan.published:
+            chosen = dict(zip(last.plan.names, pick(named, last.plan.names), strict=True))
+            if last.plan.finds(chosen, wanted):
+                return last
+        self._planned_step = None
+        chosen = thawed(dict(zip(wanted, pick(named, list(wanted)), strict=True)), self._frozen)
+        wanted = thawed(wanted, self._frozen)
+        library = recognise(params=chosen, grads=wanted)
+        if library.in_place is False:
+            raise ArgumentTypeError(
+                f"Sharded steps arrays of NumPy and PyTorch, not of {library.name}, which shards its arrays itself"
+            )
+        intake.check(library, chosen)
+        refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
+        routes = self._inner._assign_known(chosen)
+        partition = self._partition.extended(extents_of(library, routes, chosen))
+        plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, SCALED if intake.scaled else PLAIN)
+        self._inner._known_names |= named.keys()
+        return Planned(key, plan, partition)
+
+    def _key(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> PlanKey:
+        readings = [Reading.SCALED] if intake.scaled else []
+        epochs = [leaf.epoch for leaf in self._leaves()]
+        options = intake.scaled, self._clip_norm is not None, self._nonfinite, False
+        return PlanKey(list(named), list(wanted), options, self._frozen, epochs, readings)
+
+    def _coming_facts(self, planned: Planned, scales: Scales) -> Facts:
+        options = {name: repr(getattr(self._inner, name)) for name in ("clip_norm", "nonfinite", "frozen")}
+        return {**options, "opt.step": repr(self.step), "grad_scale": repr(scales.whole), **planned.plan.coming()}
+
+    def _init(self, params: object) -> None:
+        named = thawed(named_arrays(params, "params"), self._frozen)
+        self._inner._init({})
+        self._inner._assign(named, remember=False)
+        self._partition, self._planned_step = Partition(self._group.size), None
+
+    def memory(self, params: object) -> MemoryBill:
+        """What this rank needs; see `Optimizer.memory`. Its averaged gradients count as scratch, and so do buckets."""
+        named = thawed(named_arrays(params, "params"), self._frozen)
+
+        def own() -> MemoryBill:
+            library = recognise(params=named)
+            routes = self._inner._assign(named, remember=False)
+            if library.in_place is False:
+                raise not_sharded(library.name)
+            partition = self._partition.extended(extents_of(library, routes, named))
+            return bill_of_rank(library, self._group, routes, partition, named, inspected=self._inspects)
+
+        return self._exclusively(own)
+
+    # Checkpoints
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ConfigurationError(
+            f"{what} is not for a Sharded optimizer, whose state is spread over {self._group.size} processes: "
+            "`state` has this rank's part"
+        )
+
+    def save(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises `ConfigurationError`: there are no checkpoints of what is spread over processes."""
+        self._refuse("save")
+
+    def load(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises `ConfigurationError`, like `save`."""
+        self._refuse("load")
+
+    def state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises `ConfigurationError`, like `save`."""
+        self._refuse("state_dict")
+
+    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises `ConfigurationError`, like `save`."""
+        self._refuse("load_state_dict")
+
+    def _snapshot(self, memo: dict[int, Any]) -> NoReturn:
+        self._refuse("copying")
+
+    def __repr__(self) -> str:
+        return f"Sharded({self._inner!r}, rank {self._group.rank} of {self._group.size} by {self._group.name})"

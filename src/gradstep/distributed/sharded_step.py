@@ -1,0 +1,220 @@
+"""A step of several ranks, planned: the part of one of them, and how it fits together with the others'."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import gradstep
+from gradstep.arrays.library import OTHER, STAYED, MemoryLibrary
+from gradstep.arrays.memory import Memory, element_strides, strides_in_order
+from gradstep.distributed.council import Facts, word_of
+from gradstep.distributed.exchange import Array, Averaging, Spreading
+from gradstep.distributed.group import Group
+from gradstep.distributed.norm import SharedNorm
+from gradstep.distributed.partition import Extent, Partition
+from gradstep.program.arithmetic import IeeeArithmetic
+from gradstep.program.formats import BYTES, compute_dtype
+from gradstep.program.graph import Reading
+from gradstep.program.program import Program
+from gradstep.program.rounding import widened
+from gradstep.step.intake import Intake
+from gradstep.step.leaf import Leaf
+from gradstep.step.match import check_parameter, describe_floats
+from gradstep.step.plan import Piece, Plan, Share
+from gradstep.step.scalars import Scales
+
+Routes = Sequence[tuple[Leaf, list[str]]]
+
+
+def extents_of(library: MemoryLibrary, routes: Routes, params: Mapping[str, Any]) -> dict[str, Extent]:
+    """How each parameter may be shared out: by its elements, or as a whole."""
+    return {
+        name: _extent(leaf.program(name, params[name].ndim), check_parameter(library, name, params[name]))
+        for leaf, names in routes
+        for name in names
+    }
+
+
+def _extent(program: Program, memory: Memory) -> Extent:
+    alone = not (program.ordered or program.factored or program.scalars.dimensions)
+    if alone and _is_plain(memory):
+        return Extent(memory.size, divisible=True, cost=0)
+    products = any(program.matrices) and len(memory.shape) > 1
+    return Extent(memory.size, divisible=False, cost=memory.size * (min(memory.shape[-2:]) if products else 1))
+
+
+def _is_plain(memory: Memory) -> bool:
+    """Whether an array is dense and in C order."""
+    return element_strides(memory) == strides_in_order(memory.shape, range(len(memory.shape)))
+
+
+class ShardedPlan:
+    """One rank's part in a step.
+
+    Args:
+        library: whose arrays they are.
+        group: the ranks.
+        routes: which optimizer takes which parameters.
+        partition: who has what of them.
+        params, grads: arrays by name, of the parameters that get a gradient.
+        intake: how the gradients come in.
+    """
+
+    def __init__(
+        self,
+        library: MemoryLibrary,
+        group: Group,
+        routes: Routes,
+        partition: Partition,
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        intake: Intake,
+    ) -> None:
+        self.library, self.names = library, sorted(params)
+        self._memories = {name: check_parameter(library, name, params[name]) for name in self.names}
+        self._gradients = {name: describe_floats(library, grads[name], f"grads[{name!r}]") for name in self.names}
+        self._routes = routes
+        self._watch_params, self._watch_grads = library.watch(self._sorted(params)), library.watch(self._sorted(grads))
+        self.finds(params, grads)
+        portions = self._portions = {name: partition[name] for name in self.names}
+        self._mine = partition.of_rank(group.rank, self.names)
+        self._averagings = {
+            dtype: Averaging(group, {n: parts for n, parts in portions.items() if self._computed(n) == dtype}, dtype)
+            for dtype in sorted(set(map(self._computed, self.names)))
+        }
+        self._spreading = Spreading(group, portions, lambda name: BYTES[self._memories[name].dtype])
+        self.norm = SharedNorm(group, list(self._averagings.values()), library.team)
+        shares = [self._share(leaf, [name for name in names if name in self._mine]) for leaf, names in routes]
+        local = [name for share in shares for name in share.names]
+        parameters, gradients = (dict(zip(local, arrays, strict=True)) for arrays in self._local(params, local))
+        self.plan = Plan(library, shares, parameters, gradients, intake)
+        self._examples = [(leaf, {leaf.group(name): name for name in reversed(names)}) for leaf, names in routes]
+        self.facts = self._describe()
+        self.word = word_of(json.dumps(self.facts).encode())
+
+    def _share(self, leaf: Leaf, names: list[str]) -> Share:
+        return Share(leaf, names, pieces={name: self._piece(name) for name in names})
+
+    def _piece(self, name: str) -> Piece:
+        return Piece(self._mine[name].start, len(self._memories[name].shape))
+
+    def _computed(self, name: str) -> str:
+        return compute_dtype(self._memories[name].dtype)
+
+    def _sorted(self, tree: Mapping[str, Any]) -> list[Any]:
+        return [tree[name] for name in self.names]
+
+    def finds(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> bool:
+        """Whether these are the parameters that were planned, where they were, and gradients like those."""
+        stayed = self._watch_params.locate(self._sorted(params)) == STAYED
+        return self._watch_grads.locate(self._sorted(grads)) != OTHER and stayed
+
+    # What all ranks must have in common
+
+    def _describe(self) -> Facts:
+        facts = {"the version of gradstep": gradstep.__version__}
+        for what, memories in (("params", self._memories), ("grads", self._gradients)):
+            for name, memory in memories.items():
+                order = "" if what == "grads" or _is_plain(memory) else f", strides {memory.strides}"
+                facts[f"{what}[{name!r}]"] = f"{memory.dtype} of shape {memory.shape}{order}"
+        for leaf, names in self._routes:
+            for name in names:
+                program = leaf.program(name, len(self._memories[name].shape))
+                word = word_of(repr(program.key).encode())
+                facts[f"the rule of params[{name!r}]"] = f"{program.name} ({word:x})"
+                facts[f"the storage of params[{name!r}]"] = str(leaf.storage.options)
+                facts[f"the shares of params[{name!r}]"] = str(self._portions[name])
+        return facts
+
+    def coming(self) -> Facts:
+        """What the coming step depends on and may change from step to step."""
+        return {
+            f"{hyperparameter} of params[{name!r}]": repr(value)
+            for leaf, examples in self._examples
+            for group, name in examples.items()
+            for hyperparameter, value in leaf.scalars(group).items()
+        }
+
+    # What is done for each step
+
+    def average(self, grads: Mapping[str, Any], intake: Intake, micro: float) -> None:
+        """Average the gradients of all ranks; this one keeps those of its portions.
+
+        What ends a round of micro-batches, weighed by `micro`, joins the sum of the others first.
+        """
+        flat: dict[int, Array] = {}
+
+        def elements(array: Any, start: int, stop: int) -> Array:
+            if id(array) not in flat:
+                flat[id(array)] = self.library.as_numpy(array).reshape(-1)
+            return flat[id(array)][start:stop]
+
+        def gradient(name: str, start: int, stop: int) -> Array:
+            dtype, reading = self._computed(name), intake.reading(name)
+            values = widened(elements(grads[name], start, stop), self._gradients[name].dtype, dtype)
+            if reading in (Reading.WEIGHED, Reading.SUMMED):
+                with np.errstate(all="ignore"):
+                    values = values * np.dtype(dtype).type(micro)
+                    if reading is Reading.SUMMED:
+                        values = elements(intake.total(name), start, stop) + values
+            return values
+
+        for averaging in self._averagings.values():
+            averaging.average(gradient)
+
+    def prepare(self, params: Mapping[str, Any], scales: Scales) -> None:
+        """Run all that writes nothing but scratch."""
+        self._parameters, gradients = self._local(params, self.plan.names) if self._has_scratch else ((), ())
+        self.plan.gather(self._parameters, gradients)
+        with IeeeArithmetic():
+            self.plan.prepare(scales)
+
+    def commit(self, params: Mapping[str, Any]) -> None:
+        """Write this rank's portions."""
+        self.library.wrote([*self._sorted(params), *self.plan.shown_slots])
+        staged = [(share, share.stage()) for share in self.plan.shares]
+        self.plan.commit(self._parameters)
+        self._parameters = ()
+        for share, state in staged:
+            share.advance(state)
+
+    def spread(self, params: Mapping[str, Any]) -> None:
+        """Bring everybody's portions to everybody."""
+        arrays = {name: self.library.as_numpy(params[name]) for name in self.names}
+        plain = {name: _is_plain(self._memories[name]) for name in self.names}
+        flat = {
+            name: (array if plain[name] else np.ascontiguousarray(array)).reshape(-1).view(np.uint8)
+            for name, array in arrays.items()
+        }
+        self._spreading.spread(flat)
+        for name, array in arrays.items():
+            if not plain[name]:
+                array[...] = flat[name].view(array.dtype).reshape(array.shape)
+
+    @property
+    def _has_scratch(self) -> bool:
+        return any(batch.scratch for batch in self.plan.batches)
+
+    def _local(self, params: Mapping[str, Any], names: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """This rank's portions of parameters and averaged gradients, as arrays of the library."""
+        library = self.library
+        averaged = {
+            stretch.name: averaging.averaged[stretch.at : stretch.at + stretch.stop - stretch.start]
+            for averaging in self._averagings.values()
+            for stretch in averaging.own
+        }
+        parameters: list[Any] = []
+        gradients: list[Any] = []
+        for name in names:
+            memory, (_, start, stop) = self._memories[name], self._mine[name]
+            whole = stop - start == memory.size
+            gradient = averaged[name] if name in averaged else np.zeros(0, self._computed(name))
+            gradients.append(library.from_bits(gradient.reshape(memory.shape if whole else -1), self._computed(name)))
+            if whole:
+                parameters.append(params[name])
+            else:
+                bits = library.as_numpy(params[name]).reshape(-1)[start:stop]
+                parameters.append(library.from_bits(bits, memory.dtype))
+        return parameters, gradients
