@@ -1,0 +1,41 @@
+"""What the groups share: messages by way of arrays, sums in the order of the ranks, and the error of a lost rank."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from gradstep.distributed.group import Array
+from gradstep.errors import CommunicationError
+
+GATHERING, SUMMING = "gathering values", "summing parts"
+
+
+def gather_messages(gather: Callable[[Array], Array], message: bytes) -> list[bytes]:
+    """The messages of all ranks, by a `gather` of their lengths and one of their bytes, padded to the longest."""
+    lengths = [int(length) for (length,) in gather(np.array([len(message)], np.int64))]
+    padded = np.zeros(max(lengths), np.uint8)
+    padded[: len(message)] = np.frombuffer(message, np.uint8)
+    return [row[:length].tobytes() for row, length in zip(gather(padded), lengths, strict=True)]
+
+
+def sum_by_rank(received: Array) -> Array:
+    """The sum of the rows, added one after the other: the same bits from every library."""
+    total = received[0].copy()
+    for part in received[1:]:
+        total += part
+    return total
+
+
+def communication_error(
+    doing: str, rank: int, size: int, library: str, waited: float, why: object
+) -> CommunicationError:
+    """What to raise when a collective operation of `library` has failed after `waited` seconds."""
+    reason = (
+        re.sub(r"^\[\S+\] ", "", str(why)).partition("\n")[0].partition(". ")[0]
+    )  # without the source file and advice
+    return CommunicationError(
+        f"{doing} through {library} failed on rank {rank} of {size} after {waited:.1f} s: {reason}; another rank is "
+        "dead, silent or does something else, which the output of the other ranks tells; parameters may differ "
+        "between ranks now: start again from the last checkpoint"
+    )

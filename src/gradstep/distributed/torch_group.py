@@ -1,0 +1,60 @@
+"""Groups of `torch.distributed`. This module is imported only where the caller has imported it."""
+
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gradstep.distributed.collective import GATHERING, SUMMING, communication_error, gather_messages, sum_by_rank
+from gradstep.distributed.group import Array
+from gradstep.errors import ConfigurationError
+
+torch: Any = importlib.import_module("torch")
+distributed: Any = importlib.import_module("torch.distributed")
+
+
+class TorchGroup:
+    """A process group with a backend for the CPU, mostly gloo. Its timeout is the process group's."""
+
+    def __init__(self, group: Any) -> None:
+        backends = dict(pair.split(":") for pair in distributed.get_backend_config(group).split(","))
+        if "cpu" not in backends:
+            raise ConfigurationError(
+                f"group exchanges arrays on {' and '.join(backends)} alone, through {' and '.join(backends.values())}; "
+                'gradstep exchanges them on the CPU: pass torch.distributed.new_group(backend="gloo")'
+            )
+        self.name: str = backends["cpu"]
+        self.rank: int = group.rank()
+        self.size: int = group.size()
+        self._group = group
+
+    def gather(self, values: Array) -> Array:
+        """See `Group.gather`."""
+        gathered = np.empty((self.size, *values.shape), values.dtype)
+        self._run(GATHERING, distributed.all_gather_single, gathered, values)
+        return gathered
+
+    def gather_messages(self, message: bytes) -> list[bytes]:
+        """See `Group.gather_messages`."""
+        return gather_messages(self.gather, message)
+
+    def sum_parts(self, parts: Array) -> Array:
+        """See `Group.sum_parts`. Gloo's reduce_scatter is an all-reduce, which sends and adds twice as much."""
+        received = np.empty_like(parts)
+        self._run(SUMMING, distributed.all_to_all_single, received, parts)
+        return sum_by_rank(received)
+
+    def _run(self, doing: str, operation: Callable[..., object], to: Array, values: Array) -> None:
+        started = time.monotonic()
+        try:
+            operation(_lend(to), _lend(values), group=self._group)
+        except RuntimeError as error:
+            waited = time.monotonic() - started
+            raise communication_error(doing, self.rank, self.size, self.name, waited, error) from error
+
+
+def _lend(values: Array) -> Any:
+    """A tensor on the array's memory, or on a copy of it where it is read-only: torch would warn of writing there."""
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]).reshape(-1))
