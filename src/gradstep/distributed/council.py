@@ -68,7 +68,7 @@ class Council:
                     f"{what}: {said[0]}, but {said[1]}; the ranks of a Sharded optimizer take the same step: give all "
                     "of them the same names, shapes and hyperparameters, and run the same code"
                 )
-        raise ConfigurationError("the ranks of a Sharded optimizer took different steps; run the same code on all of them")
+        raise ConfigurationError("the ranks of a Sharded optimizer differ; run the same code on all of them")
 
     def _gather(self, row: tuple[int, int]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         return self._group.gather(np.array(row, np.int64))

@@ -41,7 +41,9 @@ class SharedNorm:
             + part.averaged.itemsize * np.array([at for at, _ in _pieces(part.rows[group.rank])], np.int64)
             for part in averagings
         ]
-        self._names = [[name for part in averagings for name in _of_blocks(part.rows[rank])] for rank in range(group.size)]
+        self._names = [
+            [name for part in averagings for name in _of_blocks(part.rows[rank])] for rank in range(group.size)
+        ]
         self._exact = all(part.averaged.dtype != np.float64 for part in averagings)
 
     def squares(self) -> Array:

@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
-from gradstep.arrays.library import recognise
+from gradstep.arrays.library import FunctionalLibrary, recognise
 from gradstep.distributed.council import Council, Facts, word_of
 from gradstep.distributed.group import Group, group_of
 from gradstep.distributed.norm import Found
 from gradstep.distributed.partition import Partition
-from gradstep.distributed.sharded_step import Routes, ShardedPlan, extents_of
+from gradstep.distributed.sharded_step import ShardedPlan, extents_of, portion_of
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Optimizer, PlanKey, nonfinite_error, pick
@@ -88,6 +88,7 @@ class Sharded(Wrapper):
         optimizer._check_inside("Sharded")
         self._inner, self._group = optimizer, group_of(group)
         self._council, self._partition = Council(self._group), Partition(self._group.size)
+        self._planned_step = None
         self._register()
 
     @property
@@ -175,9 +176,7 @@ class Sharded(Wrapper):
         wanted = thawed(wanted, self._frozen)
         library = recognise(params=chosen, grads=wanted)
         if library.in_place is False:
-            raise ArgumentTypeError(
-                f"Sharded steps arrays of NumPy and PyTorch, not of {library.name}, which shards its arrays itself"
-            )
+            raise _unsharded(library)
         intake.check(library, chosen)
         refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
         routes = self._inner._assign_known(chosen)
@@ -206,15 +205,19 @@ class Sharded(Wrapper):
         """What this rank needs; see `Optimizer.memory`. Its averaged gradients count as scratch, and so do buckets."""
         named = thawed(named_arrays(params, "params"), self._frozen)
 
-        def own() -> MemoryBill:
+        def counted() -> MemoryBill:
             library = recognise(params=named)
             routes = self._inner._assign(named, remember=False)
             if library.in_place is False:
-                raise not_sharded(library.name)
+                raise _unsharded(library)
             partition = self._partition.extended(extents_of(library, routes, named))
-            return bill_of_rank(library, self._group, routes, partition, named, inspected=self._inspects)
+            mine = partition.of_rank(self._group.rank, named)
+            parts = {name: portion_of(library, named[name], portion) for name, portion in mine.items()}
+            own = [(leaf, [name for name in names if name in mine]) for leaf, names in routes]
+            averaged = sum(stop - start for _, start, stop in mine.values()) * 4
+            return bill(parts, own, inspected=self._inspects) + MemoryBill(scratch=averaged)
 
-        return self._exclusively(own)
+        return self._exclusively(counted)
 
     # Checkpoints
 
@@ -245,3 +248,10 @@ class Sharded(Wrapper):
 
     def __repr__(self) -> str:
         return f"Sharded({self._inner!r}, rank {self._group.rank} of {self._group.size} by {self._group.name})"
+
+
+def _unsharded(library: FunctionalLibrary) -> ArgumentTypeError:
+    return ArgumentTypeError(
+        f"Sharded steps arrays of NumPy and PyTorch, not of {library.name}, whose arrays never change; "
+        "shard these with the library's own means"
+    )

@@ -13,7 +13,7 @@ from gradstep.distributed.council import Facts, word_of
 from gradstep.distributed.exchange import Array, Averaging, Spreading
 from gradstep.distributed.group import Group
 from gradstep.distributed.norm import SharedNorm
-from gradstep.distributed.partition import Extent, Partition
+from gradstep.distributed.partition import Extent, Partition, Portion
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.program.formats import BYTES, compute_dtype
 from gradstep.program.graph import Reading
@@ -21,7 +21,7 @@ from gradstep.program.program import Program
 from gradstep.program.rounding import widened
 from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
-from gradstep.step.match import check_parameter, describe_floats
+from gradstep.step.match import check_parameter, check_shape, describe_floats
 from gradstep.step.plan import Piece, Plan, Share
 from gradstep.step.scalars import Scales
 
@@ -50,6 +50,14 @@ def _is_plain(memory: Memory) -> bool:
     return element_strides(memory) == strides_in_order(memory.shape, range(len(memory.shape)))
 
 
+def portion_of(library: MemoryLibrary, array: Any, portion: Portion) -> Any:
+    """A rank's portion of a parameter, in its memory: flat, or as it is where that is all of it."""
+    memory = library.describe(array, "a parameter")
+    if portion.stop - portion.start == memory.size:
+        return array
+    return library.from_bits(library.as_numpy(array).reshape(-1)[portion.start : portion.stop], memory.dtype)
+
+
 class ShardedPlan:
     """One rank's part in a step.
 
@@ -75,9 +83,12 @@ class ShardedPlan:
         self.library, self.names = library, sorted(params)
         self._memories = {name: check_parameter(library, name, params[name]) for name in self.names}
         self._gradients = {name: describe_floats(library, grads[name], f"grads[{name!r}]") for name in self.names}
+        for name in self.names:
+            check_shape(name, self._gradients[name], self._memories[name])
         self._routes = routes
         self._watch_params, self._watch_grads = library.watch(self._sorted(params)), library.watch(self._sorted(grads))
-        self.finds(params, grads)
+        self._watch_params.locate(self._sorted(params))
+        self._watch_grads.locate(self._sorted(grads))
         portions = self._portions = {name: partition[name] for name in self.names}
         self._mine = partition.of_rank(group.rank, self.names)
         self._averagings = {
@@ -90,6 +101,7 @@ class ShardedPlan:
         local = [name for share in shares for name in share.names]
         parameters, gradients = (dict(zip(local, arrays, strict=True)) for arrays in self._local(params, local))
         self.plan = Plan(library, shares, parameters, gradients, intake)
+        self._watch_slots = library.watch(self.plan.shown_slots)
         self._examples = [(leaf, {leaf.group(name): name for name in reversed(names)}) for leaf, names in routes]
         self.facts = self._describe()
         self.word = word_of(json.dumps(self.facts).encode())
@@ -107,9 +119,14 @@ class ShardedPlan:
         return [tree[name] for name in self.names]
 
     def finds(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> bool:
-        """Whether these are the parameters that were planned, where they were, and gradients like those."""
-        stayed = self._watch_params.locate(self._sorted(params)) == STAYED
-        return self._watch_grads.locate(self._sorted(grads)) != OTHER and stayed
+        """Whether these are the parameters that were planned, with their slots, and gradients like those."""
+        shown = self._watch_slots.locate(self.plan.shown_slots) != OTHER
+        return (
+            self._watch_params.locate(self._sorted(params)) == STAYED
+            and self._watch_grads.locate(self._sorted(grads)) != OTHER
+            and shown
+            and np.array_equal(self._watch_slots.addresses, self.plan.shown_addresses)
+        )
 
     # What all ranks must have in common
 
@@ -208,13 +225,8 @@ class ShardedPlan:
         parameters: list[Any] = []
         gradients: list[Any] = []
         for name in names:
-            memory, (_, start, stop) = self._memories[name], self._mine[name]
-            whole = stop - start == memory.size
-            gradient = averaged[name] if name in averaged else np.zeros(0, self._computed(name))
-            gradients.append(library.from_bits(gradient.reshape(memory.shape if whole else -1), self._computed(name)))
-            if whole:
-                parameters.append(params[name])
-            else:
-                bits = library.as_numpy(params[name]).reshape(-1)[start:stop]
-                parameters.append(library.from_bits(bits, memory.dtype))
+            parameter = portion_of(library, params[name], self._mine[name])
+            parameters.append(parameter)
+            gradient = averaged[name].reshape(tuple(parameter.shape))
+            gradients.append(library.from_bits(gradient, self._computed(name)))
         return parameters, gradients

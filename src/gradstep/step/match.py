@@ -100,8 +100,7 @@ def match(
     """
     memory = {"w": check_parameter(library, name, parameter)}
     memory["g"] = describe_floats(library, gradient, f"grads[{name!r}]")
-    if memory["g"].shape != memory["w"].shape:
-        raise ShapeError(f"grads[{name!r}] has shape {memory['g'].shape}, but params[{name!r}] has {memory['w'].shape}")
+    check_shape(name, memory["g"], memory["w"])
     formats = storage.formats(program.slots, memory["w"].dtype, memory["g"].dtype)
     found = make_slots(library, name, memory["w"], program, formats, slots)
     for slot, array in found.items():
@@ -112,6 +111,12 @@ def match(
     order = walking_order(memory["w"], program, formats)
     strides = strides_in_order(memory["w"].shape, order)
     return Match(name, program, formats, reading, order, strides, memory, found, total, start)
+
+
+def check_shape(name: str, gradient: Memory, parameter: Memory) -> None:
+    """Raise if a gradient is not as large as its parameter."""
+    if gradient.shape != parameter.shape:
+        raise ShapeError(f"grads[{name!r}] has shape {gradient.shape}, but params[{name!r}] has {parameter.shape}")
 
 
 def check_products(library: MemoryLibrary, name: str, program: Program) -> None:
