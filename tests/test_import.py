@@ -7,7 +7,7 @@ import textwrap
 
 import gradstep as gs
 
-FOREIGN = {"torch", "jax", "mlx", "tensorflow", "cupy", "scipy", "pandas", "sklearn"}
+FOREIGN = {"torch", "jax", "mlx", "tensorflow", "cupy", "mpi4py", "scipy", "pandas", "sklearn"}
 FOR_LATER = {"llvmlite", "platformdirs", "typer", "rich", "matplotlib"}
 SLOW = {
     "copy", "ctypes.util", "dataclasses", "difflib", "hashlib", "importlib.resources", "json", "numpy.ma",
