@@ -48,10 +48,10 @@ def run_torch(size: int, script: str | Path, *arguments: str, limit: float = LIM
         processes: list[subprocess.Popen[bytes]] = []
         for rank in range(size):
             with (Path(folder) / f"{rank}.out").open("w") as out, (Path(folder) / f"{rank}.err").open("w") as err:
-                environment = {**_environment(), **meeting, "RANK": str(rank)}
+                variables = {**environment(), **meeting, "RANK": str(rank)}
                 command = _python(script, arguments)
                 processes.append(
-                    subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True)
+                    subprocess.Popen(command, env=variables, stdout=out, stderr=err, start_new_session=True)
                 )
         in_time = _end(processes, limit)
         ranks = _ranks(Path(folder), [process.returncode for process in processes])
@@ -66,7 +66,7 @@ def run_mpi(size: int, script: str | Path, *arguments: str, limit: float = LIMIT
         with (Path(folder) / "mpiexec").open("w+") as output:
             process = subprocess.Popen(
                 [MPIEXEC, "-n", str(size), "sh", "-c", BY_RANK, "sh", *_python(script, arguments)],
-                env={**_environment(), "FOLDER": folder},
+                env={**environment(), "FOLDER": folder},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -85,11 +85,13 @@ def _python(script: str | Path, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-W", "error", *([str(script)] if isinstance(script, Path) else ["-c", script]), *arguments]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Scripts import what tests do. Open MPI asks whether root and more ranks than cores are meant."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE), str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        ),
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

@@ -1,0 +1,58 @@
+"""Sharded steps in processes, started as people start them."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded_checks
+from processes import environment, needs_mpi, run_mpi, run_torch
+
+ROOT = Path(__file__).parents[2]
+CHECKS = Path(sharded_checks.__file__)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gloo(size: int) -> None:
+    *survivors, dead = run_torch(size, CHECKS, "gloo")
+    for rank in survivors:
+        assert rank.code == 0, rank.err
+        assert rank.out == "checked\ntold of a death\n"
+    assert (dead.code, dead.out) == (7, "checked\n"), dead.err
+
+
+@needs_mpi
+@pytest.mark.parametrize("size", [2, 4])
+def test_mpi(size: int) -> None:
+    for rank in run_mpi(size, CHECKS, "MPI"):
+        assert (rank.code, rank.out) == (0, "checked\n"), rank.err
+
+
+COMMANDS = [
+    "torchrun --nproc-per-node 4 examples/sharded_digits.py",
+    "mpiexec -n 4 python -m mpi4py examples/sharded_digits.py",
+]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=needs_mpi)], ids=["torchrun", "mpiexec"]
+)
+def test_the_commands_of_the_readme(command: str, size: int) -> None:
+    assert f"\n{command}\n" in (ROOT / "README.md").read_text()
+    program, *arguments = command.replace(" 4 ", f" {size} ").split()
+    found = shutil.which(program, path=Path(sys.executable).parent)
+    assert found is not None
+    ended = subprocess.run(
+        [found, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = re.findall(r"recognised: (\S+)%, state on this rank: (\S+) bytes", ended.stdout)
+    assert len(told) == size
+    ((recognised),) = {float(share) for share, _ in told}
+    assert recognised > 90
+    kept = [int(number.replace(",", "")) for _, number in told]
+    assert sum(kept) == 8 * (512 * 256 + 256 * 10)
+    assert max(kept) < 1.1 * sum(kept) / size
