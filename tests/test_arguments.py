@@ -44,6 +44,7 @@ def spelled(value: object) -> str:
         (gs.TracingError, RuntimeError),
         (gs.CheckpointError, ValueError),
         (gs.MismatchError, ValueError),
+        (gs.CommunicationError, RuntimeError),
     ],
 )
 def test_an_error_can_be_caught_as_gradsteps_or_as_the_builtin(error: Any, builtin: Any) -> None:

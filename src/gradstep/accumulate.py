@@ -127,8 +127,8 @@ class Accumulate(Wrapper):
 
     def _check_inside(self, outer: str) -> None:
         raise ConfigurationError(
-            f"{self!r} cannot be inside of {outer}, whose steps are whole; wrap that instead: "
-            f"Accumulate({outer}(…), every={self.every})"
+            f"{self!r} cannot be inside of a {outer}; wrap the {outer} instead: "
+            f"Accumulate({outer}({'[…]' if outer == 'MultiOptimizer' else '…'}), every={self.every})"
         )
 
     def _scaled_step(self, grads: object, params: object, scale: float) -> None:

@@ -335,6 +335,16 @@ class TestWhatOneRankFinds:
         assert said == ["nothing"] * self.RANKS
         assert_same(ours, alone(make, self.RANKS))
 
+    def test_a_factor_that_is_not_finite(self) -> None:
+        def work(group: ThreadGroup) -> str:
+            opt, params = gs.Sharded(gs.SGD(0.1), group), arrays(0)
+            with pytest.raises(gs.NonFiniteScalarError) as caught:
+                opt.apply_gradients(gradients(1, group.rank), params, grad_scale=np.nan if group.rank else 1.0)
+            return str(caught.value)
+
+        (said,) = set(run_in_threads(2, work))
+        assert said.startswith("rank 1: grad_scale must be a finite number, got nan")
+
     def test_a_read_only_array(self) -> None:
         def spoil(_: Any, rank: int, __: Any, params: Any) -> Any:
             params["odd"].setflags(write=rank != 2)
@@ -403,6 +413,12 @@ class TestWhatIsRefused:
             gs.Sharded(opt, alone_in_group)
         with pytest.raises(gs.ConfigurationError, match=r"Accumulate\(Sharded\(…\), every=2\)"):
             gs.Sharded(gs.Accumulate(gs.SGD(0.1), every=2), alone_in_group)
+
+    def test_what_runs_inside_of_compiled_functions(self, alone_in_group: ThreadGroup) -> None:
+        from gradstep.optax import from_optimizer
+
+        with pytest.raises(gs.ConfigurationError, match=r"takes steps of its own; pass .*opt\.optimizer"):
+            from_optimizer(gs.Sharded(gs.SGD(0.1), alone_in_group))
 
     def test_what_is_no_group(self, alone_in_group: ThreadGroup) -> None:
         with pytest.raises(gs.ArgumentTypeError, match=r"group must be a process group of torch\.distributed or"):

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from gradstep.arrays.library import FunctionalLibrary, recognise
 from gradstep.distributed.council import Council, Facts, word_of
@@ -13,7 +13,7 @@ from gradstep.distributed.partition import Partition
 from gradstep.distributed.sharded_step import ShardedPlan, extents_of, portion_of
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.interrupts import InterruptsHeld
-from gradstep.optimizer import Optimizer, PlanKey, nonfinite_error, pick
+from gradstep.optimizer import Optimizer, PlanKey, checked_scale, nonfinite_error, pick
 from gradstep.options import Policy, thawed
 from gradstep.program.graph import Reading
 from gradstep.step.bill import MemoryBill, bill
@@ -24,6 +24,8 @@ from gradstep.step.scalars import Scales
 from gradstep.tree import named_arrays
 from gradstep.wrapper import Wrapper
 
+Params = TypeVar("Params")
+
 
 class Planned(NamedTuple):
     """A plan, what it was made for, and the partition that it needs."""
@@ -31,6 +33,17 @@ class Planned(NamedTuple):
     key: PlanKey
     plan: ShardedPlan
     partition: Partition
+
+
+class Brought(NamedTuple):
+    """What a rank brings to a step."""
+
+    planned: Planned
+    wanted: Mapping[str, Any]
+    named: Mapping[str, Any]
+    scales: Scales
+    intake: Intake
+    facts: Facts
 
 
 class Sharded(Wrapper):
@@ -109,36 +122,60 @@ class Sharded(Wrapper):
     def _nonfinite_of_parts(self) -> Policy:
         return "allow"  # in a round one rank alone must not stop; the step looks at what all have averaged
 
+    def apply_gradients(self, grads: object, params: Params, *, grad_scale: float = 1.0) -> Params:
+        """Take one step with all other ranks, which call this too: it happens on all of them or, on any error, on none.
+
+        Args:
+            grads: this rank's gradients by name, nested like `params` or flat, of the same parameters on all ranks;
+                `None` stands for an absent gradient. Never written.
+            params: arrays by name, the same on all ranks: a mapping, or a nested dict, list or tuple.
+            grad_scale: multiplies every averaged gradient; finite, and the same on all ranks. Default: 1.
+
+        Returns:
+            `params`, the same object.
+
+        Raises:
+            GradstepError: what is wrong on one rank, on all of them; nothing has changed.
+            ConfigurationError: ranks differ in parameters, hyperparameters or code; nothing has changed.
+            CommunicationError: a rank is dead or silent. Where that happened after the step, while parameters were
+                brought to all ranks, they may differ: start again from a checkpoint.
+        """
+        self._exclusively(lambda: self._scaled_step(grads, params, grad_scale))
+        return params
+
     def _scaled_step(self, grads: object, params: object, scale: float) -> None:
-        scaled = self._clip_norm is not None or scale != 1
-        self._take_step(grads, params, Scales(scale), SCALED if scaled else PLAIN)
+        def weighed() -> tuple[Scales, Intake]:
+            checked = checked_scale(scale)
+            return Scales(checked), SCALED if self._clip_norm is not None or checked != 1 else PLAIN
+
+        self._agreed_step(grads, params, weighed)
 
     def _take_step(self, grads: object, params: object, scales: Scales, intake: Intake) -> None:
-        council, facts = self._council, dict[str, str]()
+        self._agreed_step(grads, params, lambda: (scales, intake))
 
-        def prepared() -> tuple[Planned, Mapping[str, Any], Mapping[str, Any]]:
+    def _agreed_step(self, grads: object, params: object, weighed: Callable[[], tuple[Scales, Intake]]) -> None:
+        """Plan the step, and take it when all ranks have planned the same."""
+
+        def brought() -> Brought:
             self._resolve()
+            scales, intake = weighed()
             wanted, named = self._name_grads(grads), self._name_params(params)
             planned = self._planned_here(wanted, named, intake)
             planned.plan.plan.check(scales)
-            facts.update(self._coming_facts(planned, scales))
-            return planned, wanted, named
+            return Brought(planned, wanted, named, scales, intake, self._coming_facts(planned, scales))
 
-        def word(result: tuple[Planned, Mapping[str, Any], Mapping[str, Any]]) -> int:
-            return word_of(json.dumps([result[0].plan.word, facts]).encode())
-
-        planned, wanted, named = council.attempt(prepared, word)
+        council = self._council
+        here = council.attempt(brought, lambda it: word_of(json.dumps([it.planned.plan.word, it.facts]).encode()))
         if not council.agreed:
-            council.compare({**planned.plan.facts, **facts})
-        self._partition, self._planned_step = planned.partition, planned
-        self._run(planned.plan, wanted, named, scales, intake)
+            council.compare({**here.planned.plan.facts, **here.facts})
+        self._partition, self._planned_step = here.planned.partition, here.planned
+        self._run(here)
 
-    def _run(
-        self, plan: ShardedPlan, wanted: Mapping[str, Any], named: Mapping[str, Any], scales: Scales, intake: Intake
-    ) -> None:
-        inner, council = self._inner, self._council
-        plan.average(wanted, intake, scales.micro)
-        scales = Scales(scales.whole)
+    def _run(self, here: "Brought") -> None:
+        """Take the step on which all ranks have agreed."""
+        inner, council, plan, named, intake = self._inner, self._council, here.planned.plan, here.named, here.intake
+        plan.average(here.wanted, intake, here.scales.micro)
+        scales = Scales(here.scales.whole)
         found = self._found(plan, scales) if inner._inspects else None
         inspection = Inspection(found.norm, []) if found else None
         if found and not math.isfinite(found.norm) and inner._nonfinite != "allow":

@@ -20,6 +20,7 @@ from gradstep.step.scalars import Scales
 from gradstep.step.storage import slot_shape
 from gradstep.storage_options import STORAGE_DEFAULTS
 from gradstep.tree import name_of_path
+from gradstep.wrapper import Wrapper
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -70,6 +71,10 @@ def from_optimizer(optimizer: Optimizer) -> Any:
     """
     if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentTypeError(f"from_optimizer takes an optimizer of gradstep, got {optimizer!r}")
+    if isinstance(optimizer, Wrapper) and not isinstance(optimizer, Accumulate):
+        raise ConfigurationError(
+            f"{optimizer!r} takes steps of its own; pass the optimizer that it wraps: opt.optimizer"
+        )
     if isinstance(optimizer, Accumulate):
         raise ConfigurationError(
             f"{optimizer!r} sums gradients between calls; write optax.MultiSteps(from_optimizer(opt.optimizer), "
