@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -344,6 +345,19 @@ class TestWhatOneRankFinds:
 
         (said,) = set(run_in_threads(2, work))
         assert said.startswith("rank 1: grad_scale must be a finite number, got nan")
+
+    def test_parameters_that_do_not_begin_with_the_same_values(self) -> None:
+        def work(group: ThreadGroup) -> str:
+            opt, params = gs.Sharded(gs.SGD(0.1), group), arrays(0)
+            params["odd"][17] *= -1 if group.rank == 2 else 1
+            with pytest.raises(gs.ConfigurationError) as caught:
+                opt.apply_gradients(gradients(1, group.rank), params)
+            params["odd"][17] *= -1 if group.rank == 2 else 1
+            opt.apply_gradients(gradients(1, group.rank), params)
+            return str(caught.value)
+
+        (said,) = set(run_in_threads(3, work))
+        assert re.match(r"the values of params\['odd'\], by their CRC-32: \w{8} on rank 0, but \w{8} on rank 2;", said)
 
     def test_a_read_only_array(self) -> None:
         def spoil(_: Any, rank: int, __: Any, params: Any) -> Any:

@@ -66,7 +66,7 @@ class Council:
                 ]
                 raise ConfigurationError(
                     f"{what}: {said[0]}, but {said[1]}; the ranks of a Sharded optimizer take the same step: give all "
-                    "of them the same names, shapes and hyperparameters, and run the same code"
+                    "of them the same parameters and hyperparameters, and run the same code"
                 )
         raise ConfigurationError("the ranks of a Sharded optimizer differ; run the same code on all of them")
 

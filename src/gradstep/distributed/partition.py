@@ -45,6 +45,9 @@ class Partition:
         self._portions: dict[str, list[Portion]] = {}
         self._costs = [0] * ranks  # of what has one owner
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._portions
+
     def __getitem__(self, name: str) -> list[Portion]:
         return self._portions[name]
 

@@ -10,7 +10,7 @@ from gradstep.distributed.council import Council, Facts, word_of
 from gradstep.distributed.group import Group, group_of
 from gradstep.distributed.norm import Found
 from gradstep.distributed.partition import Partition
-from gradstep.distributed.sharded_step import ShardedPlan, extents_of, portion_of
+from gradstep.distributed.sharded_step import ShardedPlan, extents_of, portion_of, values_of
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Optimizer, PlanKey, checked_scale, nonfinite_error, pick
@@ -218,7 +218,9 @@ class Sharded(Wrapper):
         refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
         routes = self._inner._assign_known(chosen)
         partition = self._partition.extended(extents_of(library, routes, chosen))
-        plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, SCALED if intake.scaled else PLAIN)
+        begun = values_of(library, {name: chosen[name] for name in sorted(chosen) if name not in self._partition})
+        reading = SCALED if intake.scaled else PLAIN
+        plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, reading, begun)
         self._inner._known_names |= named.keys()
         return Planned(key, plan, partition)
 

@@ -1,6 +1,7 @@
 """A step of several ranks, planned: the part of one of them, and how it fits together with the others'."""
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,14 @@ def _is_plain(memory: Memory) -> bool:
     return element_strides(memory) == strides_in_order(memory.shape, range(len(memory.shape)))
 
 
+def values_of(library: MemoryLibrary, params: Mapping[str, Any]) -> Facts:
+    """What tells whether parameters have the same elements on all ranks."""
+    return {
+        f"the values of params[{name!r}], by their CRC-32": f"{zlib.crc32(np.ascontiguousarray(bits).data):08x}"
+        for name, bits in ((name, library.as_numpy(array)) for name, array in params.items())
+    }
+
+
 def portion_of(library: MemoryLibrary, array: Any, portion: Portion) -> Any:
     """A rank's portion of a parameter, in its memory: flat, or as it is where that is all of it."""
     memory = library.describe(array, "a parameter")
@@ -68,6 +77,7 @@ class ShardedPlan:
         partition: who has what of them.
         params, grads: arrays by name, of the parameters that get a gradient.
         intake: how the gradients come in.
+        facts: what else must be the same on every rank.
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class ShardedPlan:
         params: Mapping[str, Any],
         grads: Mapping[str, Any],
         intake: Intake,
+        facts: Facts,
     ) -> None:
         self.library, self.names = library, sorted(params)
         self._memories = {name: check_parameter(library, name, params[name]) for name in self.names}
@@ -103,7 +114,7 @@ class ShardedPlan:
         self.plan = Plan(library, shares, parameters, gradients, intake)
         self._watch_slots = library.watch(self.plan.shown_slots)
         self._examples = [(leaf, {leaf.group(name): name for name in reversed(names)}) for leaf, names in routes]
-        self.facts = self._describe()
+        self.facts = {**self._describe(), **facts}
         self.word = word_of(json.dumps(self.facts).encode())
 
     def _share(self, leaf: Leaf, names: list[str]) -> Share:
