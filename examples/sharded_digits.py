@@ -12,18 +12,20 @@ from sklearn.datasets import load_digits
 
 import gradstep as gs
 
+BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+if BY_TORCHRUN:
+    import torch.distributed
+else:
+    from mpi4py import MPI
+
 WIDTH = 256
 
 
 def everybody() -> Any:
     """The processes that torchrun has started, or mpiexec."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        import torch.distributed
-
+    if BY_TORCHRUN:
         torch.distributed.init_process_group("gloo")
         return torch.distributed.group.WORLD
-    from mpi4py import MPI
-
     return MPI.COMM_WORLD
 
 
@@ -66,3 +68,5 @@ def train(group: Any, steps: int = 100) -> tuple[float, int]:
 if __name__ == "__main__":
     recognised, kept = train(everybody())
     print(f"recognised: {recognised:.1%}, state on this rank: {kept:,} bytes")
+    if BY_TORCHRUN:
+        torch.distributed.destroy_process_group()  # or the process may be aborted while it ends

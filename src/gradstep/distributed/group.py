@@ -34,8 +34,7 @@ class Group(Protocol):
     def sum_parts(self, parts: Array) -> Array:
         """Row `rank` of the sum of all ranks' `parts`, float32 or float64 with a row for each rank.
 
-        Every rank gets the sum of its own row alone. The order in which ranks are added is the library's, and is the
-        same in every call for one shape.
+        Every rank gets the sum of its own row alone. Ranks are added in their order, whatever the library.
         """
         ...
 

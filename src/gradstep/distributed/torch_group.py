@@ -2,6 +2,7 @@
 
 import importlib
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from gradstep.distributed.collective import GATHERING, SUMMING, communication_error, gather_messages, sum_by_rank
 from gradstep.distributed.group import Array
-from gradstep.errors import ConfigurationError
+from gradstep.errors import CommunicationError, ConfigurationError
 
 torch: Any = importlib.import_module("torch")
 distributed: Any = importlib.import_module("torch.distributed")
@@ -28,7 +29,7 @@ class TorchGroup:
         self.name: str = backends["cpu"]
         self.rank: int = group.rank()
         self.size: int = group.size()
-        self._group = group
+        self._group = weakref.ref(group)  # one that outlives `destroy_process_group` ends the process with an abort
 
     def gather(self, values: Array) -> Array:
         """See `Group.gather`."""
@@ -47,9 +48,11 @@ class TorchGroup:
         return sum_by_rank(received)
 
     def _run(self, doing: str, operation: Callable[..., object], to: Array, values: Array) -> None:
-        started = time.monotonic()
+        started, group = time.monotonic(), self._group()
+        if group is None:
+            raise CommunicationError("the process group has been destroyed; make a Sharded optimizer with a new one")
         try:
-            operation(_lend(to), _lend(values), group=self._group)
+            operation(_lend(to), _lend(values), group=group)
         except RuntimeError as error:
             waited = time.monotonic() - started
             raise communication_error(doing, self.rank, self.size, self.name, waited, error) from error
