@@ -34,7 +34,7 @@ needs_mpi = pytest.mark.skipif(
 
 
 class Ended(NamedTuple):
-    """How a process has ended. The code is negative where a signal ended it, None where MPI's launcher did."""
+    """How a process has ended: the code is its own, or that of its signal, or None where MPI's launcher killed it."""
 
     code: int | None
     out: str
@@ -89,7 +89,9 @@ def _environment() -> dict[str, str]:
     """Scripts import what tests do. Open MPI asks whether root and more ranks than cores are meant."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE), str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        ),
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
