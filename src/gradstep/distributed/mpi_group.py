@@ -1,4 +1,4 @@
-"""Communicators of mpi4py. To import `mpi4py.MPI` starts MPI, so that only a group does it, whose caller has done it."""
+"""Communicators of mpi4py. Importing `mpi4py.MPI` starts MPI: only a group does it, whose caller has done it before."""
 
 import importlib
 import os
