@@ -131,11 +131,11 @@ def test_a_peer_that_raises_is_a_line_and_the_others_go_on(
     assert one["failed"] == [{"side": "broken", "error": "ValueError: no more"}]
 
 
-@pytest.mark.parametrize("library", ["torch", "jax", "mlx"])
-def test_every_library_has_a_peer(library: str, command: Bench, tmp_path: Path):
+@pytest.mark.parametrize(("library", "peer"), [("torch", "torch-fused"), ("jax", "optax"), ("mlx", "mlx")])
+def test_every_library_has_a_peer(library: str, peer: str, command: Bench, tmp_path: Path):
     pytest.importorskip({"jax": "optax", "mlx": "mlx.core"}.get(library, library))
     arguments = ("--family", "adamw,lion", "--sizes", "1e3", "--clip", "--rounds", "1")
-    ended = command("bench", *arguments, "--library", library, "--output", tmp_path)
+    ended = command("bench", *arguments, "--library", library, "--peers", peer, "--output", tmp_path)
     assert ended.code == 0, ended.errors
     adamw, lion = read(tmp_path / "bench.json")["cases"]
     assert adamw["failed"] == lion["failed"] == []
