@@ -124,7 +124,7 @@ def test_a_peer_that_raises_is_a_line_and_the_others_go_on(
     arguments = ("--family", "adamw", "--sizes", "1e3", "--library", "torch", "--rounds", "2")
     ended = command("bench", *arguments, "--peers", "broken,torch-default,torch-fused", "--output", tmp_path)
     assert ended.code == 0
-    assert "broken failed at AdamW in torch: ValueError: no more\n" in ended.output
+    assert "broken was not measured at AdamW, 1,000 elements in torch: ValueError: no more\n" in ended.output
     assert "Traceback" not in ended.output + ended.errors
     (one,) = read(tmp_path / "bench.json")["cases"]
     assert [side["side"] for side in one["sides"]] == ["gradstep", "limit", "torch-default", "torch-fused"]

@@ -76,7 +76,12 @@ def length(array: NDArray[np.float64]) -> float:
 @pytest.mark.parametrize(("peer", "family", "dtype"), list(pairs("float32", "bfloat16")))
 def test_a_peer_goes_where_we_go(peer: Peer, family: str, dtype: str):
     of, side = case(peer, family, dtype)
-    ours, theirs = way(our_sides(of)[0], of), way(side, of)
+    try:
+        theirs = way(side, of)
+    except LeftOut as reason:
+        assert dtype != "float32"
+        pytest.skip(str(reason))
+    ours = way(our_sides(of)[0], of)
     apart = length(ours - theirs) / length(ours)
     if (peer.name, family) not in DIFFERENT:
         assert apart < TOLERANCES[dtype]

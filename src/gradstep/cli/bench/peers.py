@@ -64,6 +64,8 @@ def _torch(
 ) -> Action:
     """An optimizer with torch's interface, and what its parameter group needs to say."""
     torch: Any = importlib.import_module("torch")
+    if peer.option == "fused" and not _moves(kind, arguments, stage.params[0].dtype):
+        raise LeftOut(f"its step leaves {stage.case.dtype} parameters as they are (pytorch/pytorch issue 191763)")
     parameters = [torch.nn.Parameter(array) for array in stage.params]
     optimizer = kind([{"params": parameters, **group}], **arguments)
     advance: Callable[[], object] = torch.compile(optimizer.step) if compiled else optimizer.step
@@ -79,6 +81,15 @@ def _torch(
         advance()
 
     return Action(prepare, clip_and_step if stage.case.clip else advance, lambda: stage.params)
+
+
+def _moves(kind: Any, arguments: dict[str, Any], dtype: Any) -> bool:
+    """Whether a step changes parameters of this dtype; fused SGD of PyTorch 2.13 fails at narrow ones."""
+    torch: Any = importlib.import_module("torch")
+    parameter = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    kind([parameter], **{**arguments, "lr": 1.0}).step()
+    return bool((parameter != 1).all())
 
 
 def _torchao(peer: Peer, kind: Any, arguments: dict[str, Any], stage: Stage) -> Action:
