@@ -170,7 +170,7 @@ def test_sizes_beyond_the_memory_are_refused(command: Bench, tmp_path: Path, mon
     arguments = ("--family", "adamw", "--sizes", "1e3,1e6", "--library", "numpy", "--output", tmp_path)
     ended = command("bench", *arguments)
     assert ended.code == 2
-    assert "AdamW on 1e+06 elements needs" in ended.errors and "more than 60% of the 1.0 MiB" in ended.errors
+    assert "AdamW on 1,000,000 elements needs" in ended.errors and "more than 60% of the 1.0 MiB" in ended.errors
 
 
 def test_ctrl_c_keeps_what_is_finished(command: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
