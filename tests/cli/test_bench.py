@@ -4,14 +4,16 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from racing import read
+from rich.console import Console
 
 import gradstep as gs
-from gradstep.cli.bench import case, measuring, peers, timing
+from gradstep.cli.bench import case, measuring, peers, table, timing
 from gradstep.cli.bench.families import FAMILIES, Family
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import place_of
@@ -142,6 +144,45 @@ def test_every_library_has_a_peer(library: str, peer: str, command: Bench, tmp_p
     assert any(side["kind"] == "peer" for side in adamw["sides"])
 
 
+def test_peers_without_a_part_are_named(command: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers.Peer, "installed", property(lambda peer: peer.name in ("mlx", "torch-compile")))
+    ended = command(
+        "bench", "--family", "sgd", "--sizes", "1e3", "--rounds", "1", "--library", "numpy", "--output", tmp_path
+    )
+    assert ended.code == 0, ended.errors
+    line = next(line for line in ended.output.splitlines() if line.startswith("not measured: "))
+    for words in ("deepspeed (pip install deepspeed)", "mlx (--library mlx)", "torch-compile (--library torch"):
+        assert words in line
+
+
+def test_peers_without_the_families_are_named(command: Bench, tmp_path: Path):
+    pytest.importorskip("torch")
+    arguments = ("--family", "lion", "--sizes", "1e3", "--rounds", "1", "--library", "torch")
+    ended = command("bench", *arguments, "--peers", "torch-default", "--output", tmp_path)
+    assert ended.code == 0, ended.errors
+    assert "without these families: torch-default" in ended.output
+
+
+def test_the_help_names_every_peer(command: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    text = command("bench", "--help").output
+    assert [peer.name for peer in peers.PEERS if peer.name not in text] == []
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_the_table_fits_the_screen(width: int):
+    family = FAMILIES[0]
+    timed = [measuring.Timed(f"peer-{place}", "peer", [1.0, 2.0]) for place in range(9)]
+    ours, limit = (measuring.Timed(kind, kind, [1.0, 1.5]) for kind in ("ours", "limit"))
+    of = case.Case(family, "numpy", "float32", 10**8, 1, clip=False)
+    screen = Console(file=StringIO(), width=width)
+    table.show([measuring.Result(of, [ours, limit, *timed], [])], screen)
+    text = screen.file.getvalue()
+    assert "…" not in text
+    assert [place for place in range(9) if f" {place} " not in text.replace("\n", " ")] == []
+    assert all(len(line) <= width for line in text.splitlines() if "100,000,000" in line)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -154,6 +195,7 @@ def test_every_library_has_a_peer(library: str, peer: str, command: Bench, tmp_p
         (("--dtype", "int8"), "Choose from float32, float64, bfloat16, float16"),
         (("--peers", "nobody"), "Choose from torch-fused"),
         (("--peers", "optax", "--library", "numpy"), "add it: --library jax"),
+        (("--compile", "--library", "numpy"), "--compile: torch-compile "),
     ],
 )
 def test_wrong_options_are_complaints(arguments: tuple[str, ...], says: str, command: Bench, tmp_path: Path):

@@ -94,12 +94,12 @@ def _peers(text: str | None, libraries: Sequence[str], *, compiled: bool) -> lis
         chosen = [known[name] for name in _names("--peers", text, [*known, "none"]) if name != "none"]
     if compiled and known["torch-compile"] not in chosen:
         chosen.append(known["torch-compile"])
-    chosen.sort(key=PEERS.index)
     for peer in chosen:
+        option = "--compile" if peer.asked and compiled else "--peers"
         if not peer.installed:
-            raise Complaint(f"--peers: {peer.name} is not installed: pip install {peer.package}")
+            raise Complaint(f"{option}: {peer.name} is not installed: pip install {peer.package}")
         if peer.library not in libraries:
-            raise Complaint(f"--peers: {peer.name} takes arrays of {peer.library}; add it: --library {peer.library}")
+            raise Complaint(f"{option}: {peer.name} takes arrays of {peer.library}; add it: --library {peer.library}")
     return chosen
 
 

@@ -116,9 +116,10 @@ def _actions(case: Case, library: Library, sides: Sequence[Side], failed: dict[s
     return actions
 
 
-def _line(error: Exception) -> str:
-    """An exception in one line that is not too long."""
+def _line(error: BaseException) -> str:
+    """An exception and its cause in one line that is not too long."""
     if isinstance(error, LeftOut):
         return str(error)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:200].rstrip(": ")
+    cause = f" (from {_line(error.__cause__)})" if error.__cause__ else ""
+    return f"{type(error).__name__}: {text}"[:200].rstrip(": ") + cause

@@ -149,8 +149,8 @@ def _named(rate: str, names: str, **more: dict[str, Any]) -> dict[str, tuple[str
     table: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in names.split():
         ours, _, theirs = name.partition("=")
-        ours_rate = BY_NAME[ours.lower()].build().hyperparameters["learning_rate"]
-        table[ours] = (theirs or ours, {rate: ours_rate, **more.get(ours, {})})
+        built: Any = BY_NAME[ours.lower()].build()
+        table[ours] = (theirs or ours, {rate: built.learning_rate, **more.get(ours, {})})
     return table
 
 

@@ -13,11 +13,13 @@ NOTES = (
     "the limit is called like a step, on the same threads: for small sizes it is the limit of the call and not of the "
     "memory, and a peer that uses its threads better can be faster than it",
     "of the limit: the limit's time over the step's, round by round; median and quartiles",
-    "peers: gradstep's hyperparameters; their update is gradstep's, except that torch, optax and pytorch-optimizer correct "
-    "the bias of Adamax, and of Muon decouple the weight decay or iterate in bfloat16",
+    "Adafactor and Muon: square matrices; Muon is bound by arithmetic, and its limit leaves out the iterations",
+)
+PEER_NOTES = (
+    "peers: gradstep's hyperparameters; their update is gradstep's, except that torch, optax and pytorch-optimizer "
+    "correct the bias of Adamax, and of Muon decouple the weight decay or iterate in bfloat16",
     "bfloat16 and float16: gradstep's slots are float32, those of most peers are as narrow as the parameters; slots of "
     "torchao-8bit have 8 bits",
-    "Adafactor and Muon: square matrices; Muon is bound by arithmetic, and its limit leaves out the iterations",
 )
 
 
@@ -31,7 +33,7 @@ def document(
         "planned_cases": planned,
         "made": {**made(), **surroundings},
         "options": dict(options),
-        "notes": list(NOTES),
+        "notes": [*NOTES, *PEER_NOTES],
         "cases": [_case(result) for result in results],
     }
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gradstep.cli.bench.case import Case
 from gradstep.cli.bench.measuring import Result, Spread
-from gradstep.cli.bench.record import NOTES
+from gradstep.cli.bench.record import NOTES, PEER_NOTES
 from gradstep.cli.terminal import console
 
 MEASURED = ("bytes per\nelement", "limit", "GB/s", "gradstep", "of the\nlimit")  # before the peers
@@ -64,7 +64,8 @@ def show(results: Sequence[Result], screen: Console) -> None:
         where = f"{case.family.name}, {case.elements:,} elements in {case.library}"
         others = f" and {len(more)} more {'case' if len(more) == 1 else 'cases'}" if more else ""
         screen.print(Text(f"{side} was not measured at {where}{others}: {error}", "yellow"), soft_wrap=True)
-    for note in NOTES:
+    with_peers = any(timed.kind == "peer" for result in results for timed in result.timed)
+    for note in (*NOTES, *PEER_NOTES) if with_peers else NOTES:
         screen.print(Text(note, "dim"), soft_wrap=True)
 
 
