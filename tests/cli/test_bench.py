@@ -13,7 +13,7 @@ from racing import read
 from rich.console import Console
 
 import gradstep as gs
-from gradstep.cli.bench import case, measuring, peers, table, timing
+from gradstep.cli.bench import case, machine, measuring, peers, table, timing
 from gradstep.cli.bench.families import FAMILIES, Family
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import place_of
@@ -205,6 +205,13 @@ def test_wrong_options_are_complaints(arguments: tuple[str, ...], says: str, com
     assert ended.code == 2 and ended.output == ""
     assert says in ended.errors and "Traceback" not in ended.errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("load", "warned"), [(0.0, False), (64.0, True)])
+def test_a_busy_machine_is_a_warning(load: float, warned: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "available_threads", lambda: 4)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    assert (machine.busy() is not None) == warned
 
 
 def test_sizes_beyond_the_memory_are_refused(command: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

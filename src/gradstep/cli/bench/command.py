@@ -11,7 +11,7 @@ from rich.text import Text
 from gradstep.cli.bench.case import Case, check_memory
 from gradstep.cli.bench.choosing import Chosen, Options, choose
 from gradstep.cli.bench.libraries import LIBRARIES, Library, set_threads
-from gradstep.cli.bench.machine import describe, processor
+from gradstep.cli.bench.machine import busy, describe, processor
 from gradstep.cli.bench.measuring import UNCOUNTED, Result, measure
 from gradstep.cli.bench.peers import Peer
 from gradstep.cli.bench.record import document
@@ -35,6 +35,8 @@ def run_bench(options: Options) -> int:
     surroundings = {"processor": processor(), "described": machine, "threads": threads}
     screen, record, picture = console(), *(options.output / name for name in FILES)
     screen.print(Text(f"{machine}\n{_what(options)}; threads: {used}"), soft_wrap=True)
+    if line := busy():
+        screen.print(Text(line, "yellow"), soft_wrap=True)
     screen.print(Text("".join(f"{line}\n" for line in _absent(chosen, sides)), "dim"), soft_wrap=True)
 
     results: list[Result] = []
