@@ -1,5 +1,6 @@
 """The peers of `gradstep bench` make our update: what is compared is the time of the same work."""
 
+import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ DIFFERENT = {
     ("torchao-8bit", "Adam"): "has 8-bit slots",
     ("torchao-8bit", "AdamW"): "has 8-bit slots",
 }
+COMPILING = ("torch-compile", "torchao-8bit", "deepspeed")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers warn of what they import and compile
 
@@ -46,6 +48,8 @@ def case(peer: Peer, family: str, dtype: str = "float32", size: int = 8192) -> t
     """Two tensors, and the peer's side."""
     if not peer.installed:
         pytest.skip(f"{peer.package} is not installed")
+    if peer.name in COMPILING and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip(f"{peer.name} needs a C++ compiler")
     side = peer.side(family)
     if side is None:
         pytest.skip(f"{peer.name} has no {family}")
