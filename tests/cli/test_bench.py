@@ -4,14 +4,16 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from racing import read
+from rich.console import Console
 
 import gradstep as gs
-from gradstep.cli.bench import case, measuring, peers, timing
+from gradstep.cli.bench import case, machine, measuring, peers, table, timing
 from gradstep.cli.bench.families import FAMILIES, Family
 from gradstep.program.graph import Kind, Reading
 from gradstep.program.program import place_of
@@ -124,22 +126,61 @@ def test_a_peer_that_raises_is_a_line_and_the_others_go_on(
     arguments = ("--family", "adamw", "--sizes", "1e3", "--library", "torch", "--rounds", "2")
     ended = command("bench", *arguments, "--peers", "broken,torch-default,torch-fused", "--output", tmp_path)
     assert ended.code == 0
-    assert "broken failed at AdamW in torch: ValueError: no more\n" in ended.output
+    assert "broken was not measured at AdamW, 1,000 elements in torch: ValueError: no more\n" in ended.output
     assert "Traceback" not in ended.output + ended.errors
     (one,) = read(tmp_path / "bench.json")["cases"]
     assert [side["side"] for side in one["sides"]] == ["gradstep", "limit", "torch-default", "torch-fused"]
     assert one["failed"] == [{"side": "broken", "error": "ValueError: no more"}]
 
 
-@pytest.mark.parametrize("library", ["torch", "jax", "mlx"])
-def test_every_library_has_a_peer(library: str, command: Bench, tmp_path: Path):
+@pytest.mark.parametrize(("library", "peer"), [("torch", "torch-fused"), ("jax", "optax"), ("mlx", "mlx")])
+def test_every_library_has_a_peer(library: str, peer: str, command: Bench, tmp_path: Path):
     pytest.importorskip({"jax": "optax", "mlx": "mlx.core"}.get(library, library))
     arguments = ("--family", "adamw,lion", "--sizes", "1e3", "--clip", "--rounds", "1")
-    ended = command("bench", *arguments, "--library", library, "--output", tmp_path)
+    ended = command("bench", *arguments, "--library", library, "--peers", peer, "--output", tmp_path)
     assert ended.code == 0, ended.errors
     adamw, lion = read(tmp_path / "bench.json")["cases"]
     assert adamw["failed"] == lion["failed"] == []
     assert any(side["kind"] == "peer" for side in adamw["sides"])
+
+
+def test_peers_without_a_part_are_named(command: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers.Peer, "installed", property(lambda peer: peer.name in ("mlx", "torch-compile")))
+    ended = command(
+        "bench", "--family", "sgd", "--sizes", "1e3", "--rounds", "1", "--library", "numpy", "--output", tmp_path
+    )
+    assert ended.code == 0, ended.errors
+    line = next(line for line in ended.output.splitlines() if line.startswith("not measured: "))
+    for words in ("deepspeed (pip install deepspeed)", "mlx (--library mlx)", "torch-compile (--library torch"):
+        assert words in line
+
+
+def test_peers_without_the_families_are_named(command: Bench, tmp_path: Path):
+    pytest.importorskip("torch")
+    arguments = ("--family", "lion", "--sizes", "1e3", "--rounds", "1", "--library", "torch")
+    ended = command("bench", *arguments, "--peers", "torch-default", "--output", tmp_path)
+    assert ended.code == 0, ended.errors
+    assert "without these families: torch-default" in ended.output
+
+
+def test_the_help_names_every_peer(command: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    text = command("bench", "--help").output
+    assert [peer.name for peer in peers.PEERS if peer.name not in text] == []
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_the_table_fits_the_screen(width: int):
+    family = FAMILIES[0]
+    timed = [measuring.Timed(f"peer-{place}", "peer", [1.0, 2.0]) for place in range(9)]
+    ours, limit = (measuring.Timed(kind, kind, [1.0, 1.5]) for kind in ("ours", "limit"))
+    of = case.Case(family, "numpy", "float32", 10**8, 1, clip=False)
+    screen = Console(file=StringIO(), width=width)
+    table.show([measuring.Result(of, [ours, limit, *timed], [])], screen)
+    text = screen.file.getvalue()
+    assert "…" not in text
+    assert [place for place in range(9) if f" {place} " not in text.replace("\n", " ")] == []
+    assert all(len(line) <= width for line in text.splitlines() if "100,000,000" in line)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +195,7 @@ def test_every_library_has_a_peer(library: str, command: Bench, tmp_path: Path):
         (("--dtype", "int8"), "Choose from float32, float64, bfloat16, float16"),
         (("--peers", "nobody"), "Choose from torch-fused"),
         (("--peers", "optax", "--library", "numpy"), "add it: --library jax"),
+        (("--compile", "--library", "numpy"), "--compile: torch-compile "),
     ],
 )
 def test_wrong_options_are_complaints(arguments: tuple[str, ...], says: str, command: Bench, tmp_path: Path):
@@ -165,12 +207,19 @@ def test_wrong_options_are_complaints(arguments: tuple[str, ...], says: str, com
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.0, False), (64.0, True)])
+def test_a_busy_machine_is_a_warning(load: float, warned: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "available_threads", lambda: 4)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    assert (machine.busy() is not None) == warned
+
+
 def test_sizes_beyond_the_memory_are_refused(command: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(case, "available_memory", lambda: 1 << 20)
     arguments = ("--family", "adamw", "--sizes", "1e3,1e6", "--library", "numpy", "--output", tmp_path)
     ended = command("bench", *arguments)
     assert ended.code == 2
-    assert "AdamW on 1e+06 elements needs" in ended.errors and "more than 60% of the 1.0 MiB" in ended.errors
+    assert "AdamW on 1,000,000 elements needs" in ended.errors and "more than 60% of the 1.0 MiB" in ended.errors
 
 
 def test_ctrl_c_keeps_what_is_finished(command: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

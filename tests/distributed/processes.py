@@ -34,7 +34,7 @@ needs_mpi = pytest.mark.skipif(
 
 
 class Ended(NamedTuple):
-    """How a process has ended. The code is negative where a signal ended it, None where MPI's launcher did."""
+    """How a process has ended: the code is its own, or that of its signal, or None where MPI's launcher killed it."""
 
     code: int | None
     out: str

@@ -44,7 +44,7 @@ def test_mpi_ends_all_ranks_when_one_has_died():
     ranks = run_mpi(
         2, "import os; from mpi4py import MPI; MPI.COMM_WORLD.rank and os._exit(7); MPI.COMM_WORLD.Barrier()"
     )
-    assert [rank.code for rank in ranks] == [None, 7]
+    assert ranks[0].code != 0 and ranks[1].code == 7
 
 
 def test_threads_end_when_one_fails():

@@ -141,7 +141,11 @@ def bench(
     clip: Annotated[bool, typer.Option("--clip", help="Clip the gradients by their norm within the step.")] = False,
     peers: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Against whom, or none (default: all that are installed)."),
+        typer.Option(
+            metavar="NAME,...",
+            help="Against whom: torch-fused, torch-foreach, torch-default, torch-compile, bitsandbytes, torchao-8bit, "
+            "pytorch-optimizer, deepspeed, optax, mlx, or none (default: all that are installed but torch-compile).",
+        ),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Measure torch.compile as well.")] = False,
     rounds: Annotated[
@@ -155,10 +159,12 @@ def bench(
 ) -> None:
     """Measure how fast a step is on this machine.
 
-    Our step takes turns, in one process, with a pass over the same memory that computes next to nothing, the limit,
-    and with other packages' optimizers. Everyone has equal arrays of their own, and other gradients in each step.
+    Our step takes turns, in one process, with the limit, a pass over the same
+    memory that computes next to nothing, and with other packages' optimizers.
+    Everyone has equal arrays of their own, and other gradients in each step.
 
-    The results are a table, bench.json and bench.png. Ctrl-C ends early and keeps what is finished.
+    The results are a table, bench.json and bench.png. Ctrl-C ends early and
+    keeps what is finished.
     """
     require("gradstep bench", "bench", "rich", "matplotlib")
     from gradstep.cli.bench.choosing import Options

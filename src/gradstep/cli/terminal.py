@@ -1,8 +1,11 @@
 """What commands share of the terminal: where they print, and how Ctrl-C ends them."""
 
+import logging
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +24,17 @@ def console(stderr: bool = False) -> Console:
 def show_files(files: Sequence[Path], screen: Console) -> None:
     """Where the results lie."""
     screen.print(Text("\nWrote " + " and ".join(map(str, files))), soft_wrap=True)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """No warnings of other packages about themselves, which would run through the table and the bar."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class InterruptSwitch:

@@ -31,9 +31,8 @@ def communication_error(
     doing: str, rank: int, size: int, library: str, waited: float, why: object
 ) -> CommunicationError:
     """What to raise when a collective operation of `library` has failed after `waited` seconds."""
-    reason = (
-        re.sub(r"^\[\S+\] ", "", str(why)).partition("\n")[0].partition(". ")[0]
-    )  # without the source file and advice
+    # Gloo begins with a line of its source, and goes on with advice of its own.
+    reason = re.sub(r"^\[\S+\] ", "", str(why)).partition("\n")[0].partition(". ")[0]
     return CommunicationError(
         f"{doing} through {library} failed on rank {rank} of {size} after {waited:.1f} s: {reason}; another rank is "
         "dead, silent or does something else, which the output of the other ranks tells; parameters may differ "

@@ -91,7 +91,7 @@ def check_memory(cases: Sequence[tuple[Case, int]]) -> None:
     case, sides = max(cases, key=lambda pair: pair[0].bytes(pair[1]))
     if free is not None and (need := case.bytes(sides)) > SHARE * free:
         raise Complaint(
-            f"--sizes: {case.family.name} on {case.size:.4g} elements needs {bytes_text(need)} for {sides} sides in "
+            f"--sizes: {case.family.name} on {case.elements:,} elements needs {bytes_text(need)} for {sides} sides in "
             f"{case.library}, more than {SHARE:.0%} of the {bytes_text(free)} that are free; choose smaller --sizes, "
             "or fewer --peers"
         )

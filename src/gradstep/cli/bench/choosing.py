@@ -41,6 +41,7 @@ class Chosen:
     families: list[Family]
     libraries: list[str]
     peers: list[Peer]
+    others: dict[str, list[str]]  # peers that are left out unless they are asked for, by what would bring them in
 
 
 def choose(options: Options) -> Chosen:
@@ -57,7 +58,8 @@ def choose(options: Options) -> Chosen:
             for family in families:
                 case = Case(family, library, dtype, size, options.tensors, options.clip)
                 cases.setdefault((family.name, library, case.elements), case)
-    return Chosen(list(cases.values()), families, libraries, peers)
+    others = _others(peers, libraries) if options.peers is None else {}
+    return Chosen(list(cases.values()), families, libraries, peers, others)
 
 
 def _names(option: str, text: str | None, known: Collection[str]) -> list[str]:
@@ -93,11 +95,22 @@ def _peers(text: str | None, libraries: Sequence[str], *, compiled: bool) -> lis
     if compiled and known["torch-compile"] not in chosen:
         chosen.append(known["torch-compile"])
     for peer in chosen:
+        option = "--compile" if peer.asked and compiled else "--peers"
         if not peer.installed:
-            raise Complaint(f"--peers: {peer.name} is not installed: pip install {peer.package}")
+            raise Complaint(f"{option}: {peer.name} is not installed: pip install {peer.package}")
         if peer.library not in libraries:
-            raise Complaint(f"--peers: {peer.name} takes arrays of {peer.library}; add it: --library {peer.library}")
+            raise Complaint(f"{option}: {peer.name} takes arrays of {peer.library}; add it: --library {peer.library}")
     return chosen
+
+
+def _others(chosen: Collection[Peer], libraries: Collection[str]) -> dict[str, list[str]]:
+    others: dict[str, list[str]] = {}
+    for peer in PEERS:
+        if peer not in chosen:
+            library = "" if peer.library in libraries else f"--library {peer.library}"
+            remedy = f"pip install {peer.package}" if not peer.installed else library or "--compile"
+            others.setdefault(remedy, []).append(peer.name)
+    return others
 
 
 def _sizes(text: str, tensors: int) -> list[int]:

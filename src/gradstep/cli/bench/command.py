@@ -11,14 +11,14 @@ from rich.text import Text
 from gradstep.cli.bench.case import Case, check_memory
 from gradstep.cli.bench.choosing import Chosen, Options, choose
 from gradstep.cli.bench.libraries import LIBRARIES, Library, set_threads
-from gradstep.cli.bench.machine import describe, processor
+from gradstep.cli.bench.machine import busy, describe, processor
 from gradstep.cli.bench.measuring import UNCOUNTED, Result, measure
 from gradstep.cli.bench.peers import Peer
 from gradstep.cli.bench.record import document
 from gradstep.cli.bench.sides import Action, Side, Stage, our_sides
 from gradstep.cli.bench.table import Watch, show
 from gradstep.cli.files import check_folder, encode, write_or_complain, write_whole
-from gradstep.cli.terminal import INTERRUPTED, InterruptSwitch, console, show_files
+from gradstep.cli.terminal import INTERRUPTED, InterruptSwitch, console, quiet, show_files
 
 FILES = ("bench.json", "bench.png")
 
@@ -34,7 +34,10 @@ def run_bench(options: Options) -> int:
     machine, used = describe(*_packages(chosen)), ", ".join(f"{name} {count}" for name, count in threads.items())
     surroundings = {"processor": processor(), "described": machine, "threads": threads}
     screen, record, picture = console(), *(options.output / name for name in FILES)
-    screen.print(Text(f"{machine}\n{_what(options)}; threads: {used}\n"), soft_wrap=True)
+    screen.print(Text(f"{machine}\n{_what(options)}; threads: {used}"), soft_wrap=True)
+    if line := busy():
+        screen.print(Text(line, "yellow"), soft_wrap=True)
+    screen.print(Text("".join(f"{line}\n" for line in _absent(chosen, sides)), "dim"), soft_wrap=True)
 
     results: list[Result] = []
     with InterruptSwitch() as interrupts:
@@ -57,7 +60,7 @@ def run_bench(options: Options) -> int:
 def _measure(results: list[Result], sides: dict[Case, list[Side]], libraries: dict[str, Library], rounds: int) -> bool:
     """Measure case after case; returns whether Ctrl-C ended it."""
     try:
-        with Watch(len(sides), UNCOUNTED + rounds) as watch:
+        with quiet(), Watch(len(sides), UNCOUNTED + rounds) as watch:
             for case, of_case in sides.items():
                 watch.begin(case)
                 results.append(measure(case, libraries[case.library], of_case, rounds, watch.tick))
@@ -76,6 +79,15 @@ def _peer_sides(case: Case, peers: Sequence[Peer]) -> list[Side]:
                 side = Side(peer.name, "peer", _raising(error))
             sides += [side] if side else []
     return sides
+
+
+def _absent(chosen: Chosen, sides: dict[Case, list[Side]]) -> list[str]:
+    """A line for the peers that have none of the families, and one for those that would have to be asked for."""
+    present = {side.name for of_case in sides.values() for side in of_case}
+    idle = [peer.name for peer in chosen.peers if peer.name not in present]
+    others = "; ".join(f"{', '.join(names)} ({remedy})" for remedy, names in chosen.others.items())
+    lines = [f"without these families: {', '.join(idle)}"] if idle else []
+    return [*lines, f"not measured: {others}"] if others else lines
 
 
 def _raising(error: Exception) -> Callable[[Stage], Action]:

@@ -1,6 +1,7 @@
 """The array libraries: how each makes arrays, waits until they are there, and takes a number of threads."""
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -28,6 +29,9 @@ class Library:
     def wait(self, arrays: Iterable[Any]) -> None:
         """Return when these arrays are there."""
 
+    def forget(self) -> None:
+        """Drop what was compiled for other cases."""
+
     def threads(self, count: int) -> str:
         """Take this many threads, if the library lets itself be told; returns how many it uses."""
         return str(count)
@@ -41,6 +45,11 @@ class Torch(Library):
     def copy(self, array: NDArray[np.float32]) -> Any:
         torch: Any = importlib.import_module("torch")
         return torch.from_numpy(array).to(getattr(torch, self.dtype), copy=True)
+
+    def forget(self) -> None:
+        # Otherwise the limit on compiling the same function again is soon reached, and peers go on without.
+        if dynamo := sys.modules.get("torch._dynamo"):
+            dynamo.reset()
 
     def threads(self, count: int) -> str:
         torch: Any = importlib.import_module("torch")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gradstep.program.threads import available_threads
 
+BUSY = 0.6  # of the cores
+
 
 def processor() -> str:
     """The processor's name, as far as the system tells it."""
@@ -19,6 +21,18 @@ def describe(*packages: str) -> str:
     """The processor, how many cores this process may use, and the versions of everything that takes part."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("gradstep", "numpy", "llvmlite", *packages))
     return f"{processor()}, {available_threads()} cores; Python {platform.python_version()}, {versions}"
+
+
+def busy() -> str | None:
+    """A line that says so if others keep much of this machine at work."""
+    cores = available_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of the last minute
+    if load <= BUSY * cores:
+        return None
+    return (
+        f"this machine is busy (load {load:.1f}, {cores} cores): times are uncertain, those of peers most, "
+        "whose threads wait for each other; measure when it is idle"
+    )
 
 
 def available_memory() -> int | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradstep.cli.bench.case import Case
 from gradstep.cli.bench.libraries import Library
-from gradstep.cli.bench.sides import Action, Kind, Side, Stage
+from gradstep.cli.bench.sides import Action, Kind, LeftOut, Side, Stage
 from gradstep.cli.bench.timing import turn
 
 UNCOUNTED = 3  # rounds at the beginning
@@ -80,6 +80,7 @@ def measure(
 ) -> Result:
     """Let all sides take turns, `rounds` times and a few more that are not counted."""
     failed: dict[str, Failed] = {}
+    library.forget()
     actions = _actions(case, library, sides, failed)
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     gc.collect()
@@ -115,7 +116,10 @@ def _actions(case: Case, library: Library, sides: Sequence[Side], failed: dict[s
     return actions
 
 
-def _line(error: Exception) -> str:
-    """An exception in one line that is not too long."""
+def _line(error: BaseException) -> str:
+    """An exception and its cause in one line that is not too long."""
+    if isinstance(error, LeftOut):
+        return str(error)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:200].rstrip(": ")
+    cause = f" (from {_line(error.__cause__)})" if error.__cause__ else ""
+    return f"{type(error).__name__}: {text}"[:200].rstrip(": ") + cause

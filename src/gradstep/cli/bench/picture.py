@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ LIMIT, PEERS = "#000000", ("#56B4E9", "#E69F00", "#999933", "#CC6677", "#332288"
 DASHES: tuple[Any, ...] = ((0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)), (0, (8, 2, 1.5, 2, 1.5, 2)))
 MARKERS = "svD^P<>"
 SHOWN = "AdamW"  # in the panel of times, where it was measured
+LINE = 190  # characters of the subtitle in a line
 TOP = 1.6  # of the panel of bars, at most: whiskers beyond it are noise
 
 
@@ -29,16 +31,16 @@ def draw(title: str, subtitle: str, results: Sequence[Result]) -> bytes:
     figure = Figure(figsize=(15, 6.6), dpi=110)
     FigureCanvasAgg(figure)
     figure.text(0.05, 0.965, title, fontsize=13, fontweight="bold", va="center")
-    figure.text(0.05, 0.925, subtitle, fontsize=9, color="#606060", va="center")
-    layout = {"left": 0.05, "right": 0.985, "bottom": 0.2, "top": 0.86, "wspace": 0.13}
+    figure.text(0.05, 0.94, fill(subtitle, LINE), fontsize=9, color="#606060", va="top")
+    layout = {"left": 0.05, "right": 0.985, "bottom": 0.2, "top": 0.84, "wspace": 0.17}
     bars, times = figure.subplots(1, 2, width_ratios=(1.5, 1), gridspec_kw=layout)
     _draw_bars(bars, results)
     _draw_times(times, results)
-    for axes, columns in ((bars, 5), (times, 3)):
+    for axes in (bars, times):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, which="major", axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns)
+        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
     content = BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -61,9 +63,11 @@ def _draw_bars(axes: Axes, results: Sequence[Result]) -> None:
                 whiskers = [[share.median - share.q1], [share.q3 - share.median]]
                 axes.bar(x, share.median, width * 0.9, color=OURS[library])
                 axes.errorbar(x, share.median, yerr=whiskers, color="#202020", capsize=2.5, linewidth=1)
+                inside = share.median > 0.1
                 axes.annotate(
-                    f"{100 * share.median:.0f}", (x, min(share.q3, TOP)), xytext=(0, 4),
+                    f"{100 * share.median:.0f}", (x, 0 if inside else share.q3), xytext=(0, 4),
                     textcoords="offset points", ha="center", fontsize=9 if len(libraries) < 3 else 7,
+                    color="white" if inside else "#202020",
                 )  # fmt: skip
                 highest = max(highest, share.q3)
     axes.axhline(1, color=LIMIT, linestyle="--", linewidth=1.2, label="limit: the same passes, no arithmetic")

@@ -15,6 +15,12 @@ NOTES = (
     "of the limit: the limit's time over the step's, round by round; median and quartiles",
     "Adafactor and Muon: square matrices; Muon is bound by arithmetic, and its limit leaves out the iterations",
 )
+PEER_NOTES = (
+    "peers: gradstep's hyperparameters; their update is gradstep's, except that torch, optax and pytorch-optimizer "
+    "correct the bias of Adamax, and of Muon decouple the weight decay or iterate in bfloat16",
+    "bfloat16 and float16: gradstep's slots are float32, those of most peers are as narrow as the parameters; slots of "
+    "torchao-8bit have 8 bits",
+)
 
 
 def document(
@@ -27,7 +33,7 @@ def document(
         "planned_cases": planned,
         "made": {**made(), **surroundings},
         "options": dict(options),
-        "notes": list(NOTES),
+        "notes": [*NOTES, *PEER_NOTES],
         "cases": [_case(result) for result in results],
     }
 

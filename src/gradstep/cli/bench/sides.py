@@ -22,6 +22,10 @@ class Stage:
     rings: list[list[Any]]
 
 
+class LeftOut(Exception):  # noqa: N818 (nothing is wrong)
+    """A side cannot take part in a case; the message says why."""
+
+
 class Ring:
     """Sets of gradients that take turns; `now` is the one whose turn it is."""
 
@@ -41,10 +45,11 @@ def by_name(arrays: Iterable[Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Action:
-    """A step that is timed, and what comes before it and is not."""
+    """A step that is timed, what comes before it and is not, and the parameters as they are then."""
 
     prepare: Callable[[], object]
     step: Callable[[], object]
+    params: Callable[[], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -76,4 +81,4 @@ def _through_gradstep(build: Callable[..., gs.Optimizer], stage: Stage) -> Actio
         step()
         library.wait([*params.values(), *(slot for slots in opt.state.values() for slot in slots.values())])
 
-    return Action(grads.turn, step_and_wait if library.waits else step)
+    return Action(grads.turn, step_and_wait if library.waits else step, params.values)

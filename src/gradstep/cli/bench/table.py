@@ -6,14 +6,17 @@ from types import TracebackType
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from gradstep.cli.bench.case import Case
 from gradstep.cli.bench.measuring import Result, Spread
-from gradstep.cli.bench.record import NOTES
+from gradstep.cli.bench.record import NOTES, PEER_NOTES
 from gradstep.cli.terminal import console
+
+MEASURED = ("bytes per\nelement", "limit", "GB/s", "gradstep", "of the\nlimit")  # before the peers
 
 
 class Watch:
@@ -50,25 +53,49 @@ def show(results: Sequence[Result], screen: Console) -> None:
     for library in dict.fromkeys(result.case.library for result in results):
         title = f"{library}: time of a step, (its quartiles), ×: how often it is the time of gradstep's"
         screen.print(Text(title, "bold"), soft_wrap=True)
-        screen.print(_table([result for result in results if result.case.library == library]))
-        screen.print()
-    failures = {(failed.side, failed.error): result.case for result in reversed(results) for failed in result.failed}
-    for (side, error), case in failures.items():
-        screen.print(Text(f"{side} failed at {case.family.name} in {case.library}: {error}", "yellow"), soft_wrap=True)
-    for note in NOTES:
+        for table in _tables([result for result in results if result.case.library == library], screen):
+            screen.print(table)
+            screen.print()
+    failures: dict[tuple[str, str], list[Case]] = {}
+    for result in results:
+        for failed in result.failed:
+            failures.setdefault((failed.side, failed.error), []).append(result.case)
+    for (side, error), (case, *more) in failures.items():
+        where = f"{case.family.name}, {case.elements:,} elements in {case.library}"
+        others = f" and {len(more)} more {'case' if len(more) == 1 else 'cases'}" if more else ""
+        screen.print(Text(f"{side} was not measured at {where}{others}: {error}", "yellow"), soft_wrap=True)
+    with_peers = any(timed.kind == "peer" for result in results for timed in result.timed)
+    for note in (*NOTES, *PEER_NOTES) if with_peers else NOTES:
         screen.print(Text(note, "dim"), soft_wrap=True)
 
 
-def _table(results: Sequence[Result]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+def _tables(results: Sequence[Result], screen: Console) -> list[Table]:
+    """One table, or as many as it takes to show every column on this screen; each begins with family and elements."""
     peers = list(dict.fromkeys(t.side for result in results for t in result.timed if t.kind == "peer"))
-    table.add_column("family", no_wrap=True)
-    for heading in ("elements", "bytes per\nelement", "limit", "GB/s", "gradstep", "of the\nlimit", *peers):
-        table.add_column(heading.replace("-", "\n", 1), justify="right", vertical="bottom", no_wrap=True)
     order = {family: place for place, family in enumerate(dict.fromkeys(r.case.family.name for r in results))}
-    for result in sorted(results, key=lambda result: (order[result.case.family.name], result.case.elements)):
-        table.add_row(*_cells(result, peers))
+    rows = sorted(results, key=lambda result: (order[result.case.family.name], result.case.elements))
+    cells = [_cells(result, peers) for result in rows]
+    headings = ["family", "elements", *MEASURED, *(peer.replace("-", "\n", 1) for peer in peers)]
+    kept, tables = [0, 1], list[Table]()
+    for column in range(2, len(headings)):
+        if len(kept) > 2 and _width(_table(headings, cells, [*kept, column]), screen) > screen.width:
+            tables.append(_table(headings, cells, kept))
+            kept = [0, 1]
+        kept.append(column)
+    return [*tables, _table(headings, cells, kept)]
+
+
+def _table(headings: Sequence[str], cells: Sequence[Sequence[Text]], columns: Sequence[int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(headings[column], justify="right" if column else "left", vertical="bottom", no_wrap=True)
+    for row in cells:
+        table.add_row(*(row[column] for column in columns))
     return table
+
+
+def _width(table: Table, screen: Console) -> int:
+    return Measurement.get(screen, screen.options.update(max_width=10_000), table).maximum
 
 
 def _cells(result: Result, peers: Sequence[str]) -> list[Text]:
