@@ -1,6 +1,6 @@
 """Micro-batches: gradients are summed over several calls, and the last call takes the step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
@@ -11,7 +11,7 @@ from gradstep.arrays.memory import axis_order
 from gradstep.arrays.stored import Stored
 from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
 from gradstep.interrupts import InterruptsHeld
-from gradstep.optimizer import Optimizer, checked_scale, pick
+from gradstep.optimizer import Optimizer, StepArguments, checked_scale, pick
 from gradstep.options import thawed
 from gradstep.program.formats import compute_dtype
 from gradstep.report import Report
@@ -121,8 +121,7 @@ class Accumulate(Wrapper):
             GradstepError: sums and `micro_step`, parameters, slots, counters and resolved rates are then what they
                 were, so that the same call can be made again.
         """
-        scale = checked_scale(grad_scale)
-        self._exclusively(lambda: self._scaled_step(grads, params, scale))
+        self._exclusively(lambda: self._scaled_step(grads, params, grad_scale))
         return params
 
     def _check_inside(self, outer: str) -> None:
@@ -131,19 +130,19 @@ class Accumulate(Wrapper):
             f"Accumulate({outer}({'[…]' if outer == 'MultiOptimizer' else '…'}), every={self.every})"
         )
 
-    def _scaled_step(self, grads: object, params: object, scale: float) -> None:
+    def _scaled_step(self, grads: object, params: object, grad_scale: float) -> None:
         self._check_options()
         if self._round.loaded:
-            self._land_and_call(grads, params, scale)
+            self._land_and_call(grads, params, grad_scale)
         else:
-            self._scaled_call(grads, params, scale)
+            self._scaled_call(grads, params, grad_scale)
 
-    def _land_and_call(self, grads: object, params: object, scale: float) -> None:
+    def _land_and_call(self, grads: object, params: object, grad_scale: float) -> None:
         """A call with sums that have been loaded and belong to no library yet; if it fails they still do not."""
         before = self._round.count
         try:
             self._land(named_arrays(params, "params"))
-            self._scaled_call(grads, params, scale)
+            self._scaled_call(grads, params, grad_scale)
         except BaseException:
             if self._round.count == before:
                 self._round.sums.update(self._round.loaded)
@@ -151,16 +150,18 @@ class Accumulate(Wrapper):
         finally:
             self._round.note_landed()
 
-    def _scaled_call(self, grads: object, params: object, scale: float) -> None:
+    def _scaled_call(self, grads: object, params: object, grad_scale: float) -> None:
+        count = self._round.count + 1
         if self._every == 1:
-            self._inner._scaled_step(grads, params, scale)
-        elif self._round.count < self._every - 1:
-            self._add(self._name_grads(grads), self._name_params(params), scale)
+            self._inner._scaled_step(grads, params, grad_scale)
+        elif count < self._every:
+            self._inner._together(lambda: self._adding(grads, params, grad_scale), f"add micro-batch {count}")
         else:
-            self._finish(self._name_grads(grads), params, scale)
+            self._inner._take_late(lambda: self._ending(grads, params, grad_scale))
 
-    def _add(self, wanted: Mapping[str, Any], named: Mapping[str, Any], scale: float) -> None:
+    def _adding(self, grads: object, params: object, grad_scale: float) -> Callable[[], None]:
         """Add a micro-batch to the sums: a step of their own, in which they are the parameters."""
+        scale, wanted, named = checked_scale(grad_scale), self._name_grads(grads), self._name_params(params)
         _ = pick(named, list(wanted))  # a gradient without parameter is an error, also where that would be frozen
         wanted = thawed(wanted, self._inner.frozen)
         sums, seen = self._sums_for(wanted, named)
@@ -172,15 +173,16 @@ class Accumulate(Wrapper):
             self._seen = seen
 
         intake = Intake(scaled=True, sums=self._round.sums, done=done)
-        adder._take_step(wanted, sums, Scales(micro=scale), intake)
+        return adder._begin_step(StepArguments(wanted, sums, Scales(micro=scale), intake))
 
-    def _finish(self, wanted: Mapping[str, Any], params: object, scale: float) -> None:
-        """Take the step with the sums and the last micro-batch."""
+    def _ending(self, grads: object, params: object, grad_scale: float) -> StepArguments:
+        """The step with the sums and the last micro-batch."""
+        scale, wanted = checked_scale(grad_scale), self._name_grads(grads)
         sums = thawed(self._round.sums, self._inner.frozen)
         lacking = frozenset(sums.keys() - wanted.keys())
         intake = Intake(scaled=True, sums=sums, lacking=lacking, done=self._round.close)
         stand_ins = {name: array for name, array in sums.items() if name in lacking}
-        self._inner._take_step({**wanted, **stand_ins}, params, Scales(1 / self._every, scale), intake)
+        return StepArguments({**wanted, **stand_ins}, params, Scales(1 / self._every, scale), intake)
 
     def _sums_for(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> "tuple[dict[str, Any], Seen]":
         """An array for the sum of each gradient: the one there is, one of an earlier round, or a new one."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias, Ty
 
 import numpy as np
 
-from gradstep.arrays.library import OTHER, STAYED, recognise
+from gradstep.arrays.library import OTHER, STAYED, MemoryLibrary, recognise
 from gradstep.errors import (
     NonFiniteGradientError,
     NonFiniteScalarError,
@@ -278,28 +278,37 @@ class Optimizer(Persistent, Options, ABC):
             NonFiniteScalarError, OutOfRangeError: `grad_scale` is not finite, or not in the dtype of the computation.
             GradstepError: parameters, slots, counters and resolved rates are then what they were.
         """
-        scale = checked_scale(grad_scale)
-        self._exclusively(lambda: self._scaled_step(grads, params, scale))
+        self._exclusively(lambda: self._scaled_step(grads, params, grad_scale))
         return params
 
-    def _scaled_step(self, grads: object, params: object, scale: float) -> None:
+    def _scaled_step(self, grads: object, params: object, grad_scale: float) -> None:
+        scale = checked_scale(grad_scale)
         scaled = self._clip_norm is not None or scale != 1
-        self._take_step(grads, params, Scales(scale), SCALED if scaled else PLAIN)
+        self._begin_step(StepArguments(grads, params, Scales(scale), SCALED if scaled else PLAIN))()
 
-    def _take_step(self, grads: object, params: object, scales: Scales, intake: Intake) -> None:
+    def _take_late(self, make: "Callable[[], StepArguments]") -> None:
+        """Take the step of these arguments, which may fail to be made."""
+        self._begin_step(make())()
+
+    def _together(self, body: Callable[[], Callable[[], None]], word: str) -> None:
+        """Do what may fail, and then what it has prepared; `word` says what that is, in case ranks differ."""
+        body()()
+
+    def _begin_step(self, arguments: "StepArguments") -> Callable[[], None]:
+        """Do all of a step that may fail, as far as the array library lets it; the rest is returned."""
+        grads, params, scales, intake = arguments
         self._resolve()
         plan, parameters, gradients = self._planned(grads, params, intake)
         if intake.scaled:
             plan.check(scales)
         if plan.in_place is True:
-            self._overwrite(plan, parameters, gradients, scales, intake)
-        else:
-            self._replace(plan, parameters, gradients, params, scales, intake)
+            return self._overwriting(plan, parameters, gradients, scales, intake)
+        return lambda: self._replace(plan, parameters, gradients, params, scales, intake)
 
-    def _overwrite(
+    def _overwriting(
         self, plan: "Plan", parameters: list[Any], gradients: list[Any], scales: Scales, intake: Intake
-    ) -> None:
-        """Take the step in the memory of the arrays."""
+    ) -> Callable[[], None]:
+        """A step in the memory of the arrays, up to where it writes."""
         plan.gather(parameters, gradients)
         inspection = self._inspect(plan, gradients, scales)
         culprits = tuple(plan.names[i] for i in inspection.culprits) if inspection else ()
@@ -307,16 +316,18 @@ class Optimizer(Persistent, Options, ABC):
             if self._nonfinite == "raise":
                 raise nonfinite_error(culprits)
             report = self._make_report(inspection, culprits, applied=False)
-            with InterruptsHeld():
-                self._report = report
-                intake.done()
-            return
+            return lambda: self._leave_out(report, intake)
         if inspection and self._clip_norm is not None:
             scales = scales.clipped(inspection.norm, self._clip_norm)
         with IeeeArithmetic():
             plan.prepare(scales)
         report = self._make_report(inspection, culprits, applied=True)
-        self._commit(plan, parameters, report, intake)
+        return lambda: self._commit(plan, parameters, report, intake)
+
+    def _leave_out(self, report: Report, intake: Intake) -> None:
+        with InterruptsHeld():
+            self._report = report
+            intake.done()
 
     def _commit(self, plan: "Plan", parameters: Sequence[Any], report: Report, intake: Intake) -> None:
         staged = [(share, share.stage()) for share in plan.shares]
@@ -519,6 +530,15 @@ def _locked(locks: Sequence[AbstractContextManager[object]], body: Callable[[], 
         return _locked(locks[1:], body)
 
 
+class StepArguments(NamedTuple):
+    """What a step is taken with, the gradients' factors and where they come from included."""
+
+    grads: object
+    params: object
+    scales: Scales
+    intake: Intake
+
+
 class PlanKey(NamedTuple):
     """What a plan was made for, besides the layouts of the arrays."""
 
@@ -528,6 +548,24 @@ class PlanKey(NamedTuple):
     frozen: tuple[str, ...]
     epochs: list[int]
     readings: list[Reading]
+
+
+class Kept:
+    """Parameters that get no gradient, and lie apart from those that are written."""
+
+    def __init__(self, library: MemoryLibrary, named: Mapping[str, Any], names: list[str]) -> None:
+        self._names = names
+        arrays = [named[name] for name in names]
+        self._watch = library.watch(arrays)
+        self._watch.locate(arrays)
+        self._addresses = self._watch.addresses.copy()
+
+    def stayed(self, named: Mapping[str, Any]) -> bool:
+        """Whether they lie where they lay."""
+        if not self._names:
+            return True
+        found = self._watch.locate([named[name] for name in self._names])
+        return found != OTHER and np.array_equal(self._watch.addresses, self._addresses)
 
 
 class _CachedPlan:
@@ -542,9 +580,7 @@ class _CachedPlan:
         self._parameters, self._gradients = watch(parameters), watch(gradients)
         self._slots, self._totals = watch(plan.shown_slots), watch(totals)
         self._totals.locate(totals)
-        self._kept, self._kept_names = watch(list(kept.values())), list(kept)
-        self._kept.locate(list(kept.values()))
-        self._kept_addresses = self._kept.addresses.copy()
+        self._kept = Kept(plan.library, kept, list(kept)) if plan.in_place is True else None
         self._orders = _order(plan.names, key.parameters), _order(plan.names, key.gradients)
         # Whether the plan's tables hold the addresses that were last found.
         self._settled = OTHER not in (self._parameters.locate(parameters), self._gradients.locate(gradients))
@@ -578,10 +614,7 @@ class _CachedPlan:
 
     def finds_kept(self, named: Mapping[str, Any]) -> bool:
         """Whether the parameters that get no gradient lie where they lay, apart from those that are written."""
-        if not self._kept_names:
-            return True
-        found = self._kept.locate([named[name] for name in self._kept_names])
-        return found != OTHER and np.array_equal(self._kept.addresses, self._kept_addresses)
+        return self._kept is None or self._kept.stayed(named)
 
     def _slots_stayed(self) -> bool:
         shown = self.plan.shown_slots

@@ -52,9 +52,18 @@ class Outcome:
 
     def __init__(self, opt: Any, params: Mapping[str, Any]) -> None:
         self.params, self.report, self.step, self.steps = dict(params), opt.report, opt.step, opt.steps
+        self.starts = starts_of(opt)
         self.state = {
             name: {slot: np.array(value) for slot, value in slots.items()} for name, slots in opt.state.items()
         }
+
+
+def starts_of(opt: Any) -> dict[str, int]:
+    """Where this rank's part of each tensor begins."""
+    opt = opt.optimizer if isinstance(opt, gs.Accumulate) else opt
+    if not isinstance(opt, gs.Sharded):
+        return {}
+    return {name: portion.start for name, portion in opt._partition.of_rank(opt.group.rank, opt.state).items()}
 
 
 def sharded(make: Make, ranks: int, dtype: Any = "float32", shapes: Mapping[str, Any] = SHAPES) -> list[Outcome]:
@@ -82,7 +91,8 @@ def assert_same(ours: list[Outcome], one: Outcome) -> None:
             assert_same_bits(rank.params[name], array, name)
     for name, slots in one.state.items():
         for slot, value in slots.items():
-            parts = [rank.state[name][slot].reshape(-1) for rank in ours if name in rank.state]
+            owners = sorted((rank for rank in ours if name in rank.state), key=lambda rank: rank.starts[name])
+            parts = [rank.state[name][slot].reshape(-1) for rank in owners]
             assert_same_bits(np.concatenate(parts), value.reshape(-1), f"{name} {slot}")
         assert {rank.steps[name] for rank in ours if name in rank.steps} == {one.steps[name]}
 
@@ -305,7 +315,7 @@ class TestWhatOneRankFinds:
                 opt.learning_rate = 0.2
             return lambda: setattr(opt, "learning_rate", 0.1)
 
-        self.check(spoil, "learning_rate of params['large']: 0.1 on rank 0, but 0.2 on rank 1")
+        self.check(spoil, "learning_rate of params['empty']: 0.1 on rank 0, but 0.2 on rank 1")
 
     def test_a_schedule_that_fails(self) -> None:
         def work(group: ThreadGroup) -> tuple[str, Outcome]:

@@ -31,8 +31,9 @@ class ThreadGroup:
     def sum_parts(self, parts: np.ndarray) -> np.ndarray:
         first, *others = (every[self.rank] for every in self._exchange(parts.copy()))
         total = first.copy()
-        for part in others:
-            total += part
+        with np.errstate(all="ignore"):
+            for part in others:
+                total += part
         return total
 
     def _exchange(self, mine: Any) -> list[Any]:

@@ -21,6 +21,8 @@ class JaxLender:
     view of NumPy. So the new arrays' memory is theirs alone.
     """
 
+    asks_holders = False
+
     def __init__(self) -> None:
         self._renew: Any = jax.jit(_same, donate_argnums=0)
 

@@ -112,6 +112,9 @@ class Located(NamedTuple):
 class Lender(Protocol):
     """Who gives up the memory of arrays for new ones."""
 
+    asks_holders: bool
+    """Whether memory can be had only when nobody holds the old arrays any more."""
+
     def can_lend(self, written: list[Any], read: list[Any]) -> bool:
         """Whether the memory of `written` can be had, and `read` be read where it lies."""
         ...
@@ -127,8 +130,8 @@ class Lender(Protocol):
     def renew(self, arrays: list[Any]) -> list[Any]:
         """New arrays with the same elements; the old ones may become invalid.
 
-        Once nobody holds the old ones but who still wants their elements, `locate` finds the new ones where nobody else
-        has a share in the memory.
+        `locate` then finds the new ones where nobody else has a share in the memory, and if the lender `asks_holders`,
+        where the old ones lay unless somebody still holds these.
         """
         ...
 

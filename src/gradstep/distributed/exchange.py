@@ -1,14 +1,12 @@
 """Gradients averaged and parameters spread among ranks, in buckets of bounded size."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from gradstep.distributed.group import Group
+from gradstep.distributed.group import Array, Group
 from gradstep.distributed.partition import Portion
-
-Array = np.ndarray[Any, Any]
 
 BUCKET = 1 << 25  # bytes that are under way at once, at most
 
@@ -54,6 +52,10 @@ def _cut(row: Sequence[Stretch], low: int, high: int) -> Iterator[Stretch]:
             yield Stretch(name, start + first, start + last, at + first - low)
 
 
+def _widest(slices: Sequence[tuple[int, int, object]]) -> int:
+    return max((high - low for low, high, _ in slices), default=0)
+
+
 class Averaging:
     """Averages the gradients of one compute dtype: each rank gets those of its own portions.
 
@@ -72,20 +74,29 @@ class Averaging:
         shelf = Shelf(group.size, portions, lambda _: 1)
         self.rows, self.own = shelf.rows, shelf.rows[group.rank]
         self._slices = list(shelf.slices(max(BUCKET // (self._dtype.itemsize * group.size), 1)))
+        self._bucket: Array = np.zeros(group.size * _widest(self._slices), self._dtype)
         self.averaged: Array = np.zeros(shelf.lengths[group.rank], self._dtype)
 
-    def average(self, flat: Callable[[str, int, int], Array]) -> None:
-        """Exchange all gradients; `flat` gives elements of one, in C order and the compute dtype."""
-        own = len(self.averaged)
+    def average(self, flat: Callable[[str, int, int], Array]) -> Exception | None:
+        """Exchange all gradients; `flat` gives elements of one, in C order and the compute dtype.
+
+        Returns what `flat` has raised, after all the others have had what they wait for.
+        """
+        own, problem = len(self.averaged), None
         for low, high, stretches in self._slices:
-            parts = np.zeros((self._group.size, high - low), self._dtype)
-            for rank, (name, start, stop, at) in stretches:
-                parts[rank, at : at + stop - start] = flat(name, start, stop)
+            parts = self._bucket[: self._group.size * (high - low)].reshape(self._group.size, -1)
+            parts[:] = 0
+            try:
+                for rank, (name, start, stop, at) in stretches:
+                    parts[rank, at : at + stop - start] = flat(name, start, stop)
+            except Exception as error:
+                problem = error
             total = self._group.sum_parts(parts) if self._group.size > 1 else parts[0]
             self.averaged[low:high] = total[: max(own - low, 0)]
         if self._group.size > 1:
             with np.errstate(all="ignore"):
                 self.averaged /= self._group.size
+        return problem
 
 
 class Spreading:
@@ -95,6 +106,7 @@ class Spreading:
         self._group = group
         shelf = Shelf(group.size, portions, itemsize)
         self._slices = list(shelf.slices(max(BUCKET // group.size, 1)))
+        self._own: Array = np.zeros(_widest(self._slices), np.uint8)
 
     def spread(self, flat: Mapping[str, Array]) -> None:
         """Exchange the bytes of all parameters, `flat` in C order, and write those of the others."""
@@ -102,7 +114,7 @@ class Spreading:
         if group.size == 1:
             return
         for low, high, stretches in self._slices:
-            own = np.zeros(high - low, np.uint8)
+            own = self._own[: high - low]
             for rank, (name, start, stop, at) in stretches:
                 if rank == group.rank:
                     own[at : at + stop - start] = flat[name][start:stop]

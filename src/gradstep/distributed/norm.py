@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstep.distributed.exchange import Array, Averaging, Stretch
-from gradstep.distributed.group import Group
+from gradstep.distributed.exchange import Averaging, Stretch
+from gradstep.distributed.group import Array, Group
 from gradstep.program.blocks import BLOCK, exact_sum
 from gradstep.program.threads import Team
 from gradstep.step.inspection import SAFE_SQUARES, Inspector
@@ -15,7 +15,10 @@ from gradstep.step.sizes import count_blocks
 
 
 class Found(NamedTuple):
-    """The norm, the same bits on every rank and for any number of them, and the names of what is not finite."""
+    """The norm, the same bits on every rank, and the names of what is not finite.
+
+    For any number of ranks too, but where squares of float64 over- or underflow.
+    """
 
     norm: float
     culprits: tuple[str, ...]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from gradstep.errors import ConfigurationError, ShapeError
 from gradstep.program.blocks import BLOCK
 
 
@@ -19,14 +20,19 @@ class Extent(NamedTuple):
     """What the partition must know of a parameter.
 
     Attributes:
-        size: its number of elements.
+        shape: its shape.
         divisible: whether its elements are stepped each by itself and lie in C order.
         cost: what its step takes, if it is not divisible, in whatever unit.
     """
 
-    size: int
+    shape: tuple[int, ...]
     divisible: bool
     cost: int
+
+    @property
+    def size(self) -> int:
+        """Its number of elements."""
+        return math.prod(self.shape)
 
 
 class Partition:
@@ -43,7 +49,9 @@ class Partition:
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self._portions: dict[str, list[Portion]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._costs = [0] * ranks  # of what has one owner
+        self._sizes = [0] * ranks  # of what is divisible
 
     def __contains__(self, name: str) -> bool:
         return name in self._portions
@@ -52,12 +60,22 @@ class Partition:
         return self._portions[name]
 
     def extended(self, extents: Mapping[str, Extent]) -> "Partition":
-        """This one, and the parameters among these that it does not have."""
+        """This one, and the parameters among these that it does not have.
+
+        Raises:
+            ShapeError: one has another shape than when it came.
+            ConfigurationError: one that has been cut cannot be cut any more.
+        """
+        for name, extent in extents.items():
+            if name in self._portions:
+                self._check(name, extent)
         new = {name: extent for name, extent in sorted(extents.items()) if name not in self._portions}
         if not new:
             return self
         larger = Partition(self._ranks)
-        larger._portions, larger._costs = dict(self._portions), list(self._costs)
+        larger._portions, larger._shapes = dict(self._portions), dict(self._shapes)
+        larger._costs, larger._sizes = list(self._costs), list(self._sizes)
+        larger._shapes |= {name: extent.shape for name, extent in new.items()}
         larger._cut({name: extent.size for name, extent in new.items() if extent.divisible})
         larger._give({name: extent for name, extent in new.items() if not extent.divisible})
         return larger
@@ -66,15 +84,31 @@ class Partition:
         """What a rank has of these parameters; whole blocks that follow on each other, so one portion of each."""
         return {name: part for name in names for part in self._portions[name] if part.rank == rank}
 
+    def _check(self, name: str, extent: Extent) -> None:
+        if extent.shape != self._shapes[name]:
+            raise ShapeError(
+                f"params[{name!r}] has shape {extent.shape}, but {self._shapes[name]} when the ranks shared it out; "
+                "opt.init(params) begins anew"
+            )
+        if len(self._portions[name]) > 1 and not extent.divisible:
+            raise ConfigurationError(
+                f"params[{name!r}] has been cut among the ranks, but now is not laid out in C order, or its rule looks "
+                "at more than one element; opt.init(params) begins anew"
+            )
+
     def _cut(self, sizes: Mapping[str, int]) -> None:
         total, before = sum(sizes.values()), 0
+        ranks = sorted(self._each, key=lambda rank: (-self._sizes[rank], rank))  # the last gets what is left
         for name, size in sizes.items():
-            ends = [min(max(_rounded(total * (rank + 1) / self._ranks - before), 0), size) for rank in self._each]
+            ends = [min(max(_rounded(total * (turn + 1) / self._ranks - before), 0), size) for turn in self._each]
             ends[-1] = size
             starts = [0, *ends[:-1]]
-            portions = [Portion(*part) for part in zip(self._each, starts, ends, strict=True) if part[1] < part[2]]
-            self._portions[name] = portions or [Portion(0, 0, 0)]
+            portions = [Portion(*part) for part in zip(ranks, starts, ends, strict=True) if part[1] < part[2]]
+            self._portions[name] = portions or [Portion(ranks[-1], 0, 0)]
             before += size
+        for name in sizes:
+            for rank, start, stop in self._portions[name]:
+                self._sizes[rank] += stop - start
 
     def _give(self, extents: Mapping[str, Extent]) -> None:
         for name, extent in sorted(extents.items(), key=lambda item: (-item[1].cost, item[0])):

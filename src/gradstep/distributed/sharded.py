@@ -1,19 +1,19 @@
 """An optimizer whose state is spread over several processes."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
-from gradstep.arrays.library import FunctionalLibrary, recognise
-from gradstep.distributed.council import Council, Facts, word_of
-from gradstep.distributed.group import Group, group_of
-from gradstep.distributed.norm import Found
+import numpy as np
+
+from gradstep.arrays.library import FunctionalLibrary, MemoryLibrary, recognise
+from gradstep.distributed.council import Council, Facts, Said, word_of
+from gradstep.distributed.group import Array, Group, group_of
 from gradstep.distributed.partition import Partition
-from gradstep.distributed.sharded_step import ShardedPlan, extents_of, portion_of, values_of
+from gradstep.distributed.sharded_step import Routes, ShardedPlan, exchange_bytes, extents_of, portion_of, values_of
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.interrupts import InterruptsHeld
-from gradstep.optimizer import Optimizer, PlanKey, checked_scale, nonfinite_error, pick
+from gradstep.optimizer import Kept, Optimizer, PlanKey, StepArguments, checked_scale, nonfinite_error, pick
 from gradstep.options import Policy, thawed
 from gradstep.program.graph import Reading
 from gradstep.step.bill import MemoryBill, bill
@@ -33,6 +33,7 @@ class Planned(NamedTuple):
     key: PlanKey
     plan: ShardedPlan
     partition: Partition
+    kept: Kept
 
 
 class Brought(NamedTuple):
@@ -41,8 +42,7 @@ class Brought(NamedTuple):
     planned: Planned
     wanted: Mapping[str, Any]
     named: Mapping[str, Any]
-    scales: Scales
-    intake: Intake
+    arguments: StepArguments
     facts: Facts
 
 
@@ -89,11 +89,12 @@ class Sharded(Wrapper):
     Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054
     """
 
-    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {"_group", "_council", "_partition", "_planned_step"}
+    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {"_group", "_council", "_partition", "_planned_step", "_begun"}
     _group: Group
     _council: Council
     _partition: Partition
     _planned_step: Planned | None
+    _begun: int  # how often `init` has been called, which all ranks should do together
 
     def __init__(self, optimizer: Optimizer, group: object) -> None:
         if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -101,7 +102,7 @@ class Sharded(Wrapper):
         optimizer._check_inside("Sharded")
         self._inner, self._group = optimizer, group_of(group)
         self._council, self._partition = Council(self._group), Partition(self._group.size)
-        self._planned_step = None
+        self._planned_step, self._begun = None, 0
         self._register()
 
     @property
@@ -143,86 +144,91 @@ class Sharded(Wrapper):
         self._exclusively(lambda: self._scaled_step(grads, params, grad_scale))
         return params
 
-    def _scaled_step(self, grads: object, params: object, scale: float) -> None:
-        def weighed() -> tuple[Scales, Intake]:
-            checked = checked_scale(scale)
-            return Scales(checked), SCALED if self._clip_norm is not None or checked != 1 else PLAIN
+    def _scaled_step(self, grads: object, params: object, grad_scale: float) -> None:
+        def made() -> StepArguments:
+            scale = checked_scale(grad_scale)
+            return StepArguments(
+                grads, params, Scales(scale), SCALED if self._clip_norm is not None or scale != 1 else PLAIN
+            )
 
-        self._agreed_step(grads, params, weighed)
+        self._take_late(made)
 
-    def _take_step(self, grads: object, params: object, scales: Scales, intake: Intake) -> None:
-        self._agreed_step(grads, params, lambda: (scales, intake))
-
-    def _agreed_step(self, grads: object, params: object, weighed: Callable[[], tuple[Scales, Intake]]) -> None:
+    def _take_late(self, make: Callable[[], StepArguments]) -> None:
         """Plan the step, and take it when all ranks have planned the same."""
 
         def brought() -> Brought:
             self._resolve()
-            scales, intake = weighed()
-            wanted, named = self._name_grads(grads), self._name_params(params)
-            planned = self._planned_here(wanted, named, intake)
-            planned.plan.plan.check(scales)
-            return Brought(planned, wanted, named, scales, intake, self._coming_facts(planned, scales))
+            arguments = make()
+            wanted, named = self._name_grads(arguments.grads), self._name_params(arguments.params)
+            planned = self._planned_here(wanted, named, arguments.intake)
+            planned.plan.plan.check(arguments.scales)
+            return Brought(planned, wanted, named, arguments, self._coming_facts(planned, arguments.scales))
 
-        council = self._council
-        here = council.attempt(brought, lambda it: word_of(json.dumps([it.planned.plan.word, it.facts]).encode()))
-        if not council.agreed:
-            council.compare({**here.planned.plan.facts, **here.facts})
-        self._partition, self._planned_step = here.planned.partition, here.planned
-        self._run(here)
+        def said(here: Brought) -> Said:
+            return Said(
+                word_of([here.planned.plan.word, here.facts]), lambda: {**here.planned.plan.facts, **here.facts}
+            )
 
-    def _run(self, here: "Brought") -> None:
+        with InterruptsHeld():  # a rank that leaves a step leaves the others waiting
+            here = self._council.attempt(brought, said)
+            self._partition, self._planned_step = here.planned.partition, here.planned
+            self._run(here)
+
+    def _together(self, body: Callable[[], Callable[[], None]], word: str) -> None:
+        with InterruptsHeld():
+            self._council.attempt(body, lambda _: Said(word_of(word), lambda: {"the next thing to do": word}))()
+
+    def _run(self, here: Brought) -> None:
         """Take the step on which all ranks have agreed."""
-        inner, council, plan, named, intake = self._inner, self._council, here.planned.plan, here.named, here.intake
-        plan.average(here.wanted, intake, here.scales.micro)
-        scales = Scales(here.scales.whole)
-        found = self._found(plan, scales) if inner._inspects else None
+        inner, council, plan, named = self._inner, self._council, here.planned.plan, here.named
+        scales, intake = here.arguments.scales, here.arguments.intake
+
+        def averaged() -> Array:
+            plan.average(here.wanted, intake, scales.micro)
+            return plan.norm.squares() if inner._inspects else np.zeros(0)
+
+        squares = council.attempt(averaged)
+        scales = Scales(scales.whole)
+        found = plan.norm.found(self._group.gather(squares), scales.whole) if inner._inspects else None
         inspection = Inspection(found.norm, []) if found else None
         if found and not math.isfinite(found.norm) and inner._nonfinite != "allow":
             if inner._nonfinite == "raise":
                 raise nonfinite_error(found.culprits)
-            report = inner._make_report(inspection, found.culprits, applied=False)
-            with InterruptsHeld():
-                inner._report = report
-                intake.done()
+            inner._leave_out(inner._make_report(inspection, found.culprits, applied=False), intake)
             return
         if found and inner._clip_norm is not None:
             scales = scales.clipped(found.norm, inner._clip_norm)
         council.attempt(lambda: plan.prepare(named, scales))
         report = inner._make_report(inspection, found.culprits if found else (), applied=True)
-        with InterruptsHeld():
-            plan.commit(named)
-            inner._count_step()
-            inner._report = report
-            intake.done()
-            plan.spread(named)
-
-    def _found(self, plan: ShardedPlan, scales: Scales) -> Found:
-        squares = self._council.attempt(plan.norm.squares)
-        return plan.norm.found(self._group.gather(squares), scales.whole)
+        plan.commit(named)
+        inner._count_step()
+        inner._report = report
+        intake.done()
+        plan.spread(named)
 
     def _planned_here(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> Planned:
         """The plan for these arrays, as far as this rank can tell: the last one, or a new one."""
         key, last = self._key(wanted, named, intake), self._planned_step
-        if last and last.key == key and last.plan.plan.published:
+        if last and last.key == key and last.plan.plan.published and last.kept.stayed(named):
             chosen = dict(zip(last.plan.names, pick(named, last.plan.names), strict=True))
             if last.plan.finds(chosen, wanted):
                 return last
         self._planned_step = None
-        chosen = thawed(dict(zip(wanted, pick(named, list(wanted)), strict=True)), self._frozen)
-        wanted = thawed(wanted, self._frozen)
+        chosen = thawed(dict(zip(sorted(wanted), pick(named, sorted(wanted)), strict=True)), self._frozen)
+        wanted = {name: wanted[name] for name in chosen}
         library = recognise(params=chosen, grads=wanted)
         if library.in_place is False:
             raise _unsharded(library)
         intake.check(library, chosen)
-        refuse_overlap(library, chosen, {name: array for name, array in named.items() if name not in chosen})
+        others = {name: array for name, array in named.items() if name not in chosen}
+        kept = Kept(library, others, refuse_overlap(library, chosen, others))
         routes = self._inner._assign_known(chosen)
         partition = self._partition.extended(extents_of(library, routes, chosen))
-        begun = values_of(library, {name: chosen[name] for name in sorted(chosen) if name not in self._partition})
+        begun = values_of(library, {name: array for name, array in chosen.items() if name not in self._partition})
         reading = SCALED if intake.scaled else PLAIN
         plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, reading, begun)
         self._inner._known_names |= named.keys()
-        return Planned(key, plan, partition)
+        return Planned(key, plan, partition, kept)
 
     def _key(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> PlanKey:
         readings = [Reading.SCALED] if intake.scaled else []
@@ -232,29 +238,47 @@ class Sharded(Wrapper):
 
     def _coming_facts(self, planned: Planned, scales: Scales) -> Facts:
         options = {name: repr(getattr(self._inner, name)) for name in ("clip_norm", "nonfinite", "frozen")}
+        options["how often init was called"] = repr(self._begun)
         return {**options, "opt.step": repr(self.step), "grad_scale": repr(scales.whole), **planned.plan.coming()}
 
+    def init(self, params: object) -> None:
+        """Begin anew, on all ranks: no slots, which the next step makes, and `steps` at 0. `step` and schedules stay.
+
+        Args:
+            params: a mapping from name to array, or a nested dict, list or tuple of them.
+
+        Raises:
+            GradstepError: a parameter cannot be trained; then nothing has changed.
+        """
+        super().init(params)
+
     def _init(self, params: object) -> None:
-        named = thawed(named_arrays(params, "params"), self._frozen)
+        self._share_out(params)  # which checks them
         self._inner._init({})
-        self._inner._assign(named, remember=False)
         self._partition, self._planned_step = Partition(self._group.size), None
+        self._begun += 1
+
+    def _share_out(self, params: object) -> tuple[MemoryLibrary, Mapping[str, Any], Routes, Partition]:
+        """What would be whose, if all these parameters had gradients."""
+        self._check_options()
+        named = thawed(named_arrays(params, "params"), self._frozen)
+        library = recognise(params=named)
+        if library.in_place is False:
+            raise _unsharded(library)
+        routes = self._inner._assign(named, remember=False)
+        return library, named, routes, self._partition.extended(extents_of(library, routes, named))
 
     def memory(self, params: object) -> MemoryBill:
-        """What this rank needs; see `Optimizer.memory`. Its averaged gradients count as scratch, and so do buckets."""
-        named = thawed(named_arrays(params, "params"), self._frozen)
+        """What this rank needs; see `Optimizer.memory`. Scratch has its averaged gradients and the buckets too."""
 
         def counted() -> MemoryBill:
-            library = recognise(params=named)
-            routes = self._inner._assign(named, remember=False)
-            if library.in_place is False:
-                raise _unsharded(library)
-            partition = self._partition.extended(extents_of(library, routes, named))
+            library, named, routes, partition = self._share_out(params)
             mine = partition.of_rank(self._group.rank, named)
             parts = {name: portion_of(library, named[name], portion) for name, portion in mine.items()}
             own = [(leaf, [name for name in names if name in mine]) for leaf, names in routes]
-            averaged = sum(stop - start for _, start, stop in mine.values()) * 4
-            return bill(parts, own, inspected=self._inspects) + MemoryBill(scratch=averaged)
+            return bill(parts, own, inspected=self._inspects) + MemoryBill(
+                scratch=exchange_bytes(library, parts, named)
+            )
 
         return self._exclusively(counted)
 

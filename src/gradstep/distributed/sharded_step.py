@@ -1,6 +1,5 @@
 """A step of several ranks, planned: the part of one of them, and how it fits together with the others'."""
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +10,11 @@ import gradstep
 from gradstep.arrays.library import OTHER, STAYED, MemoryLibrary
 from gradstep.arrays.memory import Memory, element_strides, strides_in_order
 from gradstep.distributed.council import Facts, word_of
-from gradstep.distributed.exchange import Array, Averaging, Spreading
-from gradstep.distributed.group import Group
+from gradstep.distributed.exchange import BUCKET, Averaging, Spreading
+from gradstep.distributed.group import Array, Group
 from gradstep.distributed.norm import SharedNorm
 from gradstep.distributed.partition import Extent, Partition, Portion
+from gradstep.errors import CommunicationError
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.program.formats import BYTES, compute_dtype
 from gradstep.program.graph import Reading
@@ -41,9 +41,9 @@ def extents_of(library: MemoryLibrary, routes: Routes, params: Mapping[str, Any]
 def _extent(program: Program, memory: Memory) -> Extent:
     alone = not (program.ordered or program.factored or program.scalars.dimensions)
     if alone and _is_plain(memory):
-        return Extent(memory.size, divisible=True, cost=0)
+        return Extent(memory.shape, divisible=True, cost=0)
     products = any(program.matrices) and len(memory.shape) > 1
-    return Extent(memory.size, divisible=False, cost=memory.size * (min(memory.shape[-2:]) if products else 1))
+    return Extent(memory.shape, divisible=False, cost=memory.size * (min(memory.shape[-2:]) if products else 1))
 
 
 def _is_plain(memory: Memory) -> bool:
@@ -64,7 +64,19 @@ def portion_of(library: MemoryLibrary, array: Any, portion: Portion) -> Any:
     memory = library.describe(array, "a parameter")
     if portion.stop - portion.start == memory.size:
         return array
-    return library.from_bits(library.as_numpy(array).reshape(-1)[portion.start : portion.stop], memory.dtype)
+    bits = library.as_numpy(array)
+    assert bits.flags.c_contiguous, "a kernel would write to a copy"
+    return library.from_bits(bits.reshape(-1)[portion.start : portion.stop], memory.dtype)
+
+
+def exchange_bytes(library: MemoryLibrary, own: Mapping[str, Any], params: Mapping[str, Any]) -> int:
+    """What a rank needs for averaged gradients, and for buckets: what it sends, what it receives, and their sum."""
+
+    def size(arrays: Mapping[str, Any]) -> int:
+        memories = [library.describe(array, "a parameter") for array in arrays.values()]
+        return sum(memory.size * BYTES[compute_dtype(memory.dtype)] for memory in memories)
+
+    return size(own) + 3 * min(BUCKET, size(params))
 
 
 class ShardedPlan:
@@ -97,6 +109,7 @@ class ShardedPlan:
         for name in self.names:
             check_shape(name, self._gradients[name], self._memories[name])
         self._routes = routes
+        self._copied = [name for name, memory in self._memories.items() if not _is_plain(memory)]
         self._watch_params, self._watch_grads = library.watch(self._sorted(params)), library.watch(self._sorted(grads))
         self._watch_params.locate(self._sorted(params))
         self._watch_grads.locate(self._sorted(grads))
@@ -115,7 +128,7 @@ class ShardedPlan:
         self._watch_slots = library.watch(self.plan.shown_slots)
         self._examples = [(leaf, {leaf.group(name): name for name in reversed(names)}) for leaf, names in routes]
         self.facts = {**self._describe(), **facts}
-        self.word = word_of(json.dumps(self.facts).encode())
+        self.word = word_of(self.facts)
 
     def _share(self, leaf: Leaf, names: list[str]) -> Share:
         return Share(leaf, names, pieces={name: self._piece(name) for name in names})
@@ -146,12 +159,14 @@ class ShardedPlan:
         for what, memories in (("params", self._memories), ("grads", self._gradients)):
             for name, memory in memories.items():
                 order = "" if what == "grads" or _is_plain(memory) else f", strides {memory.strides}"
-                facts[f"{what}[{name!r}]"] = f"{memory.dtype} of shape {memory.shape}{order}"
-        for leaf, names in self._routes:
+                dtype = f"{memory.dtype} of shape " if what == "params" else "of shape "
+                facts[f"{what}[{name!r}]"] = f"{dtype}{memory.shape}{order}"
+        for number, (leaf, names) in enumerate(self._routes):
             for name in names:
                 program = leaf.program(name, len(self._memories[name].shape))
-                word = word_of(repr(program.key).encode())
-                facts[f"the rule of params[{name!r}]"] = f"{program.name} ({word:x})"
+                word = word_of(repr(program.key))
+                facts[f"the rule of params[{name!r}]"] = f"{program.name} {number} ({word:x})"
+                facts[f"the patterns that params[{name!r}] matches"] = repr(leaf.group(name))
                 facts[f"the storage of params[{name!r}]"] = str(leaf.storage.options)
                 facts[f"the shares of params[{name!r}]"] = str(self._portions[name])
         return facts
@@ -172,12 +187,13 @@ class ShardedPlan:
 
         What ends a round of micro-batches, weighed by `micro`, joins the sum of the others first.
         """
-        flat: dict[int, Array] = {}
+        bits: dict[int, Array] = {}
 
         def elements(array: Any, start: int, stop: int) -> Array:
-            if id(array) not in flat:
-                flat[id(array)] = self.library.as_numpy(array).reshape(-1)
-            return flat[id(array)][start:stop]
+            if id(array) not in bits:
+                bits[id(array)] = self.library.as_numpy(array)
+            there = bits[id(array)]
+            return there.reshape(-1)[start:stop] if there.flags.c_contiguous else there.flat[start:stop]
 
         def gradient(name: str, start: int, stop: int) -> Array:
             dtype, reading = self._computed(name), intake.reading(name)
@@ -189,8 +205,9 @@ class ShardedPlan:
                         values = elements(intake.total(name), start, stop) + values
             return values
 
-        for averaging in self._averagings.values():
-            averaging.average(gradient)
+        problems = [averaging.average(gradient) for averaging in self._averagings.values()]
+        for problem in filter(None, problems):
+            raise problem
 
     def prepare(self, params: Mapping[str, Any], scales: Scales) -> None:
         """Run all that writes nothing but scratch."""
@@ -209,17 +226,27 @@ class ShardedPlan:
             share.advance(state)
 
     def spread(self, params: Mapping[str, Any]) -> None:
-        """Bring everybody's portions to everybody."""
+        """Bring everybody's portions to everybody.
+
+        Raises:
+            CommunicationError: some have come and others not.
+        """
+        try:
+            self._spread(params)
+        except CommunicationError:
+            raise
+        except Exception as error:
+            raise CommunicationError(
+                "the step has been taken, but parameters could not be brought to all ranks, so that they differ "
+                f"between ranks now ({type(error).__name__}: {error}); start again from the last checkpoint"
+            ) from error
+
+    def _spread(self, params: Mapping[str, Any]) -> None:
         arrays = {name: self.library.as_numpy(params[name]) for name in self.names}
-        plain = {name: _is_plain(self._memories[name]) for name in self.names}
-        flat = {
-            name: (array if plain[name] else np.ascontiguousarray(array)).reshape(-1).view(np.uint8)
-            for name, array in arrays.items()
-        }
+        flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}
         self._spreading.spread(flat)
-        for name, array in arrays.items():
-            if not plain[name]:
-                array[...] = flat[name].view(array.dtype).reshape(array.shape)
+        for name in self._copied:
+            arrays[name][...] = flat[name].view(arrays[name].dtype).reshape(arrays[name].shape)
 
     @property
     def _has_scratch(self) -> bool:

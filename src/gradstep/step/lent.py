@@ -21,7 +21,8 @@ class LentStep:
     """The step of NumPy, on memory that is another library's.
 
     All that writes nothing runs while the old arrays still have their memory. Then the library makes new arrays with
-    the same elements, on that memory where nobody else has a share in it, and these are written.
+    the same elements, on that memory where nobody else has a share in it, and these are written. Of their old elements
+    nobody can see the change but a thread that reads them meanwhile where holders are asked.
 
     Args:
         lender: whose arrays they are.
@@ -93,14 +94,17 @@ class LentStep:
             scales = scales.clipped(found.norm, max_norm)
         with IeeeArithmetic():
             self._plan.prepare(scales)
-        new = self._lender.renew(written.arrays)  # from here on nothing can fail: the old arrays are gone
+        new = self._lender.renew(written.arrays)  # the old arrays may be gone from here on
         # A transformation may have caught them: nothing happens in there, and the caller refuses them.
         self._coming = read if type(new[0]) is type(written.arrays[0]) else None
-        return *_parted(new, parameters, slots), found
+        made, kept = _parted(new, parameters, slots)
+        if not self._lender.asks_holders:
+            self.finish(made, kept)
+        return made, kept, found
 
     def finish(self, parameters: list[Any], slots: list[Slots]) -> None:
-        """See `Way.finish`."""
-        if self._coming is None:  # the step was left out
+        """See `Way.finish`. Where holders are asked, the new arrays have been handed out before they are written."""
+        if self._coming is None:  # the step was left out, or has been finished
             return
         new = self._lender.locate([*parameters, *_arrays(slots)])
         self._find(new.addresses, slots)
