@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pkgutil
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -45,6 +46,11 @@ def averaged(step: int, ranks: int, dtype: Any = "float32", shapes: Mapping[str,
 
 
 Make = Callable[[], gs.Optimizer]
+
+
+@pytest.fixture
+def alone_in_group() -> ThreadGroup:
+    return ThreadGroup(0, [None], threading.Barrier(1))
 
 
 class Outcome:
@@ -270,7 +276,7 @@ class TestWhatOneRankFinds:
             try:
                 opt.apply_gradients(grads, params)
                 said = "nothing"
-            except gs.GradstepError as error:
+            except (gs.GradstepError, MemoryError) as error:
                 said = f"{type(error).__name__}: {error}"
             assert opt.step == 1
             for name, array in before.items():
@@ -306,8 +312,7 @@ class TestWhatOneRankFinds:
             if rank == 2:
                 del grads["small"]
 
-        said = "grads['small']: float32 of shape (3, 1) on rank 0, but there is none on rank 2"
-        self.check(spoil, said.replace("grads", "params"))
+        self.check(spoil, "grads['small']: of shape (3, 1) on rank 0, but there is none on rank 2")
 
     def test_another_rate(self) -> None:
         def spoil(opt: Any, rank: int, _: Any, __: Any) -> Any:
@@ -367,7 +372,10 @@ class TestWhatOneRankFinds:
             return str(caught.value)
 
         (said,) = set(run_in_threads(3, work))
-        assert re.match(r"the values of params\['odd'\], by their CRC-32: \w{8} on rank 0, but \w{8} on rank 2;", said)
+        assert said.startswith(
+            "the values of params['odd'] by their CRC-32 (seed all ranks alike, or send those of rank 0"
+        )
+        assert re.search(r"\): \w{8} on rank 0, but \w{8} on rank 2;", said)
 
     def test_a_read_only_array(self) -> None:
         def spoil(_: Any, rank: int, __: Any, params: Any) -> Any:
@@ -376,34 +384,269 @@ class TestWhatOneRankFinds:
 
         self.check(spoil, "ReadOnlyError: rank 2: params['odd'] is read-only")
 
-    def test_memory_that_runs_out_between_the_passes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from gradstep.step.plan import Plan
+    @pytest.mark.parametrize("where", ["step.plan.Plan.prepare", "distributed.sharded_step.widened"])
+    def test_memory_that_runs_out(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        failing: set[int] = set()
+        plain = pkgutil.resolve_name(f"gradstep.{where}")
 
-        prepare, failing = Plan.prepare, []
+        def fail(*arguments: Any) -> Any:
+            if threading.get_ident() in failing:
+                raise MemoryError("no more")
+            return plain(*arguments)
 
-        def fail(plan: Any, scales: Any) -> None:
-            if plan in failing:
-                raise gs.OutOfRangeError("no more")
-            prepare(plan, scales)
+        monkeypatch.setattr(f"gradstep.{where}", fail)
 
-        monkeypatch.setattr(Plan, "prepare", fail)
-
-        def spoil(opt: Any, rank: int, _: Any, __: Any) -> Any:
+        def spoil(_: Any, rank: int, __: Any, ___: Any) -> Any:
             if rank == 2:
-                failing.append(opt._planned_step.plan.plan)
+                failing.add(threading.get_ident())
             return failing.clear
 
+        make = functools.partial(gs.Adam, 0.1)
+        said, ours = self.outcomes(make, spoil)
+        assert set(said) == {"MemoryError: rank 2: no more"}
+        assert_same(ours, alone(make, self.RANKS))
+
+    def test_another_rule(self) -> None:
+        def said_of(here: Make, there: Make) -> str:
+            def work(group: ThreadGroup) -> str:
+                opt = gs.Sharded(there() if group.rank else here(), group)
+                with pytest.raises(gs.ConfigurationError) as caught:
+                    opt.apply_gradients(gradients(1, group.rank), arrays(0))
+                return str(caught.value).partition(";")[0]
+
+            (said,) = set(run_in_threads(2, work))
+            return said
+
+        adamw = functools.partial(gs.AdamW, 0.1)
+        assert said_of(adamw, functools.partial(adamw, weight_decay=0)) == (
+            "weight_decay in the rule of params['empty']: kept on rank 0, but 0, which leaves it out on rank 1"
+        )
+        assert said_of(adamw, functools.partial(adamw, bias_correction=True)) == (
+            "bias_correction in the rule of params['empty']: False on rank 0, but True on rank 1"
+        )
+        assert said_of(adamw, functools.partial(adamw, frozen=["small"])).startswith(
+            "frozen: () on rank 0, but ('small',)"
+        )
+        assert said_of(adamw, functools.partial(gs.Lion, 0.1)).startswith("eps in the rule of params['empty']: kept on")
+        assert "the storage of params['empty']: StorageOptions(" in said_of(adamw, functools.partial(adamw, seed=3))
+
+    def test_another_pattern(self) -> None:
         def work(group: ThreadGroup) -> str:
-            opt, params = gs.Sharded(gs.Adam(0.1), group), arrays(0)
-            opt.apply_gradients(gradients(1, group.rank), params)
-            before = params["large"].copy()
-            spoil(opt, group.rank, None, None)
-            with pytest.raises(gs.OutOfRangeError) as caught:
-                opt.apply_gradients(gradients(2, group.rank), params)
-            assert_same_bits(params["large"], before)
+            opt = gs.Sharded(gs.SGD({"[sl]*" if group.rank else "l*": 1.0, "*": 0.5}), group)
+            with pytest.raises(gs.ConfigurationError) as caught:
+                opt.apply_gradients(gradients(1, group.rank), arrays(0))
             return str(caught.value)
 
-        assert run_in_threads(3, work) == ["rank 2: no more"] * 3
+        (said,) = set(run_in_threads(2, work))
+        assert said.startswith("the patterns that params['large'] matches: ('l*',) on rank 0, but ('[sl]*',) on rank 1")
+
+    def test_errors_that_no_text_makes_again(self) -> None:
+        class SilentError(Exception):
+            def __str__(self) -> str:
+                raise ValueError
+
+        def raises(error: BaseException) -> list[BaseException]:
+            def rate(_: int) -> float:
+                if error and late:
+                    raise error
+                return 0.1
+
+            def work(group: ThreadGroup) -> BaseException:
+                opt, params = gs.Sharded(gs.SGD(rate if group.rank == 1 else 0.1), group), {"w": np.ones(3, np.float32)}
+                opt.apply_gradients({"w": np.ones(3, np.float32)}, params)
+                late.append(True)
+                with pytest.raises(BaseException) as caught:  # noqa: PT011
+                    opt.apply_gradients({"w": np.ones(3, np.float32)}, params)
+                late.clear()
+                opt.apply_gradients({"w": np.ones(3, np.float32)}, params)
+                assert opt.step == 2
+                return caught.value
+
+            late: list[bool] = []
+            return run_in_threads(2, work)
+
+        for error in raises(KeyError("x")):
+            assert str(error).startswith("rank 1: KeyError: 'x'; raised by the schedule of SGD's learning_rate")
+        for error in raises(SilentError()):
+            assert str(error) == "rank 1: SilentError: which does not say more"
+        assert [type(error) for error in raises(KeyboardInterrupt())] == [RuntimeError, KeyboardInterrupt]
+
+    def test_infinities_of_both_signs_where_numpy_is_told_to_raise(self) -> None:
+        def work(group: ThreadGroup) -> Any:
+            opt, params = gs.Sharded(gs.SGD(1.0, nonfinite="skip"), group), {"w": np.ones(3, np.float32)}
+            with np.errstate(all="raise"):
+                opt.apply_gradients({"w": np.full(3, [np.inf, -np.inf][group.rank], np.float32)}, params)
+            return opt.report.culprits
+
+        assert run_in_threads(2, work) == [("w",)] * 2
+
+    def test_parameters_that_cannot_be_brought_to_all_ranks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any) -> None:
+            raise MemoryError("no more")
+
+        monkeypatch.setattr(exchange.Spreading, "spread", fail)
+
+        def work(group: ThreadGroup) -> str:
+            with pytest.raises(gs.CommunicationError) as caught:
+                gs.Sharded(gs.SGD(0.1), group).apply_gradients(gradients(1, group.rank), arrays(0))
+            return str(caught.value)
+
+        for said in run_in_threads(2, work):
+            assert "the step has been taken" in said
+            assert "(MemoryError: no more); start again from the last checkpoint" in said
+
+
+class TestRoundsOfMicroBatches:
+    """Every call is agreed on, not only the one that steps."""
+
+    def outcomes(self, spoil: Callable[[int, int, Any], dict[str, Any]]) -> tuple[list[str], Any]:
+        def work(group: ThreadGroup) -> tuple[list[str], Any]:
+            opt, params = gs.Accumulate(gs.Sharded(gs.SGD(1.0), group), every=2), arrays(0)
+            said: list[str] = []
+            for call in range(4):
+                grads = gradients(call, group.rank)
+                options = spoil(call, group.rank, grads)
+                before = opt.micro_step
+                try:
+                    opt.apply_gradients(grads, params, **options)
+                except gs.GradstepError as error:
+                    said.append(f"{call} {type(error).__name__}: {error}")
+                    assert opt.micro_step == before
+                    opt.apply_gradients(gradients(call, group.rank), params)
+            return said, params
+
+        results = run_in_threads(2, work)
+        assert results[0][0] == results[1][0]
+        return results[0][0], results[0][1]
+
+    def test_what_one_rank_finds_stops_all_and_adds_nothing(self) -> None:
+        def shapes(call: int, rank: int, grads: Any) -> dict[str, Any]:
+            if rank == 1 and call in (0, 3):
+                grads["odd"] = np.ones(3, np.float32)
+            return {}
+
+        def factors(call: int, rank: int, _: Any) -> dict[str, Any]:
+            return {"grad_scale": np.nan} if rank == 0 and call in (2, 3) else {}
+
+        _, expected = self.outcomes(lambda *_: {})
+        said, params = self.outcomes(shapes)
+        assert [line.partition(" has shape")[0] for line in said] == [
+            "0 ShapeError: rank 1: grads['odd']",
+            "3 ShapeError: rank 1: grads['odd']",
+        ]
+        assert all((params[name] == array).all() for name, array in expected.items())
+        said, params = self.outcomes(factors)
+        assert [line[:40] for line in said] == [
+            f"{call} NonFiniteScalarError: rank 0: grad_scale"[:40] for call in (2, 3)
+        ]
+        assert all((params[name] == array).all() for name, array in expected.items())
+
+    def test_a_rank_that_steps_while_others_add(self) -> None:
+        def work(group: ThreadGroup) -> str:
+            inner = gs.Sharded(gs.SGD(1.0), group)
+            opt = gs.Accumulate(inner, every=2) if group.rank else inner
+            with pytest.raises(gs.ConfigurationError) as caught:
+                opt.apply_gradients(gradients(0, group.rank), arrays(0))
+            return str(caught.value)
+
+        (said,) = set(run_in_threads(2, work))
+        assert "on rank 0, but there is none on rank 1; the ranks of a Sharded optimizer take the same step" in said
+
+
+class TestWhatHasBeenSharedOut:
+    def refused(self, change: Callable[[dict[str, Any]], None], make: Make = lambda: gs.SGD(0.1)) -> str:
+        """What two ranks say to a step after this change; they can then begin anew."""
+
+        def work(group: ThreadGroup) -> str:
+            opt, params = gs.Sharded(make(), group), {"w": np.ones((300, 333), np.float32)}
+            opt.apply_gradients({"w": params["w"]}, params)
+            change(params)
+            before = params["w"].copy()
+            with pytest.raises(gs.GradstepError, match=r"opt\.init\(params\) begins anew") as caught:
+                opt.apply_gradients({"w": np.ones_like(before)}, params)
+            assert_same_bits(params["w"], before)
+            opt.init(params)
+            opt.apply_gradients({"w": np.ones_like(before)}, params)
+            np.testing.assert_allclose(params["w"], before - 0.1, 1e-6)
+            return f"{type(caught.value).__name__}: {caught.value}"
+
+        said = run_in_threads(2, work)
+        assert said[0] == said[1]
+        return said[0]
+
+    def test_parameters_of_another_shape(self) -> None:
+        for shape in ((300, 666), (3, 3), (333, 300)):
+            said = self.refused(lambda params, shape=shape: params.update(w=np.ones(shape, np.float32)))
+            assert said.startswith(f"ShapeError: rank 0: params['w'] has shape {shape}, but (300, 333) when")
+
+    def test_parameters_in_another_order(self) -> None:
+        said = self.refused(lambda params: params.update(w=np.asfortranarray(params["w"])))
+        assert said.startswith("ConfigurationError: rank 0: params['w'] has been cut among the ranks")
+
+    def test_rules_that_come_to_look_at_whole_tensors(self) -> None:
+        @gs.rule
+        def Normed(w: Any, g: Any, *, learning_rate: Any, normed: bool = False) -> Any:
+            return w - learning_rate * (g / gs.norm(g) if normed else g)
+
+        def work(group: ThreadGroup) -> str:
+            opt, params = gs.Sharded(Normed(0.1), group), {"w": np.ones(100_000, np.float32)}
+            opt.apply_gradients({"w": np.ones(100_000, np.float32)}, params)
+            opt.normed = True
+            with pytest.raises(gs.ConfigurationError) as caught:
+                opt.apply_gradients({"w": np.ones(100_000, np.float32)}, params)
+            return str(caught.value)
+
+        for said in run_in_threads(2, work):
+            assert "or its rule looks at more than one element; opt.init(params) begins anew" in said
+
+    def test_late_parameters_go_to_who_has_least(self) -> None:
+        def work(group: ThreadGroup) -> int:
+            opt, params = gs.Sharded(gs.SGD(0.1, momentum=0.9), group), {f"w{i}": np.ones(1000) for i in range(8)}
+            for i in range(8):
+                opt.apply_gradients({f"w{i}": np.ones(1000)}, params)
+            return len(opt.state)
+
+        assert run_in_threads(4, work) == [2] * 4
+
+    def test_init_that_fails_changes_nothing(self, alone_in_group: ThreadGroup) -> None:
+        opt, params = gs.Sharded(gs.Adam({"w": 0.1}), alone_in_group), {"w": np.ones(3)}
+        opt.apply_gradients({"w": np.ones(3)}, params)
+        for spoilt in ({"strange": np.ones(3)}, {"w": np.ones(3, int)}):
+            with pytest.raises(gs.GradstepError):
+                opt.init(spoilt)
+        assert opt.steps == {"w": 1}
+        assert set(opt.state) == {"w"}
+
+    def test_init_on_one_rank_alone_is_noticed(self) -> None:
+        def work(group: ThreadGroup) -> str:
+            opt, params = gs.Sharded(gs.SGD(0.1), group), arrays(0)
+            if group.rank:
+                opt.init(params)
+            with pytest.raises(gs.ConfigurationError) as caught:
+                opt.apply_gradients(gradients(1, group.rank), params)
+            return str(caught.value)
+
+        (said,) = set(run_in_threads(2, work))
+        assert said.startswith("how often init was called: 0 on rank 0, but 1 on rank 1;")
+
+    def test_parameters_that_come_to_lie_on_others(self, alone_in_group: ThreadGroup) -> None:
+        opt, params = gs.Sharded(gs.SGD(0.1), alone_in_group), {"w": np.ones(3), "kept": np.ones(3)}
+        opt.apply_gradients({"w": np.ones(3)}, params)
+        params["kept"] = params["w"][1:]
+        with pytest.raises(gs.AliasedParametersError):
+            opt.apply_gradients({"w": np.ones(3)}, params)
+
+    def test_the_order_of_names_does_not_matter(self) -> None:
+        def work(group: ThreadGroup) -> Any:
+            opt, params = gs.Sharded(gs.Adam({"s*": 0.1, "*": 0.2}), group), arrays(0)
+            for step in range(1, 4):
+                grads = gradients(step, group.rank)
+                if group.rank == step % 2:
+                    grads, params = dict(reversed(grads.items())), dict(reversed(params.items()))
+                opt.apply_gradients(grads, params)
+            return Outcome(opt, params)
+
+        assert_same(run_in_threads(2, work), alone(functools.partial(gs.Adam, {"s*": 0.1, "*": 0.2}), 2))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -417,11 +660,6 @@ def test_norms_of_float64_beyond_its_squares(ranks: int) -> None:
         assert norm == pytest.approx(2e202, rel=1e-14)
         assert culprits == ()
         assert w == pytest.approx(-1 / 200, rel=1e-9)
-
-
-@pytest.fixture
-def alone_in_group() -> ThreadGroup:
-    return ThreadGroup(0, [None], threading.Barrier(1))
 
 
 class TestWhatIsRefused:
@@ -452,9 +690,22 @@ class TestWhatIsRefused:
 
     def test_checkpoints_and_copies(self, alone_in_group: ThreadGroup) -> None:
         opt = gs.Sharded(gs.SGD(0.1), alone_in_group)
-        for method in (opt.save, opt.load, opt.state_dict, opt.load_state_dict, copy.deepcopy):
-            with pytest.raises(gs.ConfigurationError, match="spread over 1 processes"):
+        around = gs.Accumulate(opt, every=2)
+        for method in (opt.save, opt.load, opt.state_dict, opt.load_state_dict, around.save, copy.deepcopy):
+            with pytest.raises(gs.ConfigurationError, match="spread over 1 processes; parameters are whole on every"):
                 method(opt)
+
+    def test_state_of_whole_parameters(self, alone_in_group: ThreadGroup) -> None:
+        opt = gs.Adam(0.1)
+        opt.apply_gradients({"w": np.ones(3)}, {"w": np.ones(3)})
+        with pytest.raises(gs.ConfigurationError, match=r"or begin anew: optimizer\.init\(\{\}\)"):
+            gs.Sharded(opt, alone_in_group)
+        opt.init({})
+        assert gs.Sharded(opt, alone_in_group).step == 1
+
+    def test_a_timeout_where_there_is_one(self, alone_in_group: ThreadGroup) -> None:
+        with pytest.raises(gs.ConfigurationError, match=r"has its own: init_process_group\(…, timeout=…\)"):
+            gs.Sharded(gs.SGD(0.1), alone_in_group, timeout=3.0)
 
 
 def test_bfloat16_gradients_are_averaged_in_float32() -> None:

@@ -84,6 +84,7 @@ class _Recorder:
             return MultiNode(optimizer.step, self._options(optimizer), tuple(zip(filters, children, strict=True)))
         if isinstance(optimizer, RuleOptimizer):
             return self._rule_node(optimizer)
+        optimizer._check_inside("a checkpoint")  # pyright: ignore[reportPrivateUsage]
         raise ArgumentTypeError(
             f"a checkpoint cannot hold a {type(optimizer).__name__}, a class of your own: write it as a rule, @gs.rule"
         )

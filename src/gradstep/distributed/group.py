@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from gradstep.errors import ArgumentTypeError
+from gradstep.errors import ArgumentTypeError, ConfigurationError
 
 Array = np.ndarray[Any, Any]
 
@@ -39,17 +39,24 @@ class Group(Protocol):
         ...
 
 
-def group_of(group: object) -> Group:
-    """The group behind a communicator: a process group of `torch.distributed`, or a communicator of mpi4py."""
+def group_of(group: object, timeout: float | None = None) -> Group:
+    """The group behind a communicator: a process group of `torch.distributed`, or a communicator of mpi4py.
+
+    `timeout` in seconds is for the latter alone.
+    """
     torch_distributed, mpi = map(sys.modules.get, ("torch.distributed", "mpi4py.MPI"))
+    if mpi is not None and isinstance(group, mpi.Comm):
+        from gradstep.distributed.mpi_group import MpiGroup
+
+        return MpiGroup(group) if timeout is None else MpiGroup(group, timeout)
+    if timeout is not None:
+        raise ConfigurationError(
+            f"timeout is for a communicator of mpi4py; {group!r} has its own: init_process_group(…, timeout=…)"
+        )
     if torch_distributed is not None and isinstance(group, torch_distributed.ProcessGroup):
         from gradstep.distributed.torch_group import TorchGroup
 
         return TorchGroup(group)
-    if mpi is not None and isinstance(group, mpi.Comm):
-        from gradstep.distributed.mpi_group import MpiGroup
-
-        return MpiGroup(group)
     if isinstance(group, Group):
         return group
     raise ArgumentTypeError(

@@ -56,6 +56,11 @@ class Partition:
     def __contains__(self, name: str) -> bool:
         return name in self._portions
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no parameter has come yet."""
+        return not self._portions
+
     def __getitem__(self, name: str) -> list[Portion]:
         return self._portions[name]
 

@@ -70,10 +70,12 @@ class Sharded(Wrapper):
     Args:
         optimizer: whose steps are taken, a `MultiOptimizer` too.
         group: a process group of `torch.distributed` with gloo, or a communicator of mpi4py.
+        timeout: seconds until a rank that does not come is given up. Default: the process group's own; 1800 with MPI.
 
     Raises:
         ArgumentTypeError: `optimizer` is no optimizer, or `group` no group.
-        ConfigurationError: the optimizer is sharded already, or accumulates: `Accumulate(Sharded(…), every=…)` does.
+        ConfigurationError: the optimizer is sharded already, or has state, or accumulates (`Accumulate(Sharded(…),
+            every=…)` does that); or a `timeout` for a process group, which has its own.
 
     Example:
         >>> import gradstep as gs, numpy as np
@@ -96,11 +98,16 @@ class Sharded(Wrapper):
     _planned_step: Planned | None
     _begun: int  # how often `init` has been called, which all ranks should do together
 
-    def __init__(self, optimizer: Optimizer, group: object) -> None:
+    def __init__(self, optimizer: Optimizer, group: object, *, timeout: float | None = None) -> None:
         if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentTypeError(f"Sharded takes an optimizer of gradstep, got {optimizer!r}")
         optimizer._check_inside("Sharded")
-        self._inner, self._group = optimizer, group_of(group)
+        if any(leaf.names() for leaf in optimizer._leaves()):
+            raise ConfigurationError(
+                f"{optimizer!r} has the state of whole parameters, which is not cut; shard a new optimizer, or begin "
+                "anew: optimizer.init({})"
+            )
+        self._inner, self._group = optimizer, group_of(group, timeout)
         self._council, self._partition = Council(self._group), Partition(self._group.size)
         self._planned_step, self._begun = None, 0
         self._register()
@@ -116,6 +123,8 @@ class Sharded(Wrapper):
                 f"{self!r} cannot be one of several optimizers; wrap the MultiOptimizer instead: "
                 "Sharded(MultiOptimizer([…]), group)"
             )
+        if outer == "a checkpoint":
+            self._refuse("save")
         if outer == "Sharded":
             raise ConfigurationError(f"{self!r} is sharded already")
 
@@ -147,9 +156,8 @@ class Sharded(Wrapper):
     def _scaled_step(self, grads: object, params: object, grad_scale: float) -> None:
         def made() -> StepArguments:
             scale = checked_scale(grad_scale)
-            return StepArguments(
-                grads, params, Scales(scale), SCALED if self._clip_norm is not None or scale != 1 else PLAIN
-            )
+            scaled = self._clip_norm is not None or scale != 1
+            return StepArguments(grads, params, Scales(scale), SCALED if scaled else PLAIN)
 
         self._take_late(made)
 
@@ -162,12 +170,13 @@ class Sharded(Wrapper):
             wanted, named = self._name_grads(arguments.grads), self._name_params(arguments.params)
             planned = self._planned_here(wanted, named, arguments.intake)
             planned.plan.plan.check(arguments.scales)
-            return Brought(planned, wanted, named, arguments, self._coming_facts(planned, arguments.scales))
+            factor = {"the factor of gradients (grad_scale, or 1 / every)": repr(arguments.scales.whole)}
+            facts = {**self._options_told(), **factor, **planned.plan.coming(), **self._begin(planned, named)}
+            return Brought(planned, wanted, named, arguments, facts)
 
         def said(here: Brought) -> Said:
-            return Said(
-                word_of([here.planned.plan.word, here.facts]), lambda: {**here.planned.plan.facts, **here.facts}
-            )
+            plan = here.planned.plan
+            return Said(word_of([plan.word, here.facts]), lambda: {**self._options_told(), **plan.facts, **here.facts})
 
         with InterruptsHeld():  # a rank that leaves a step leaves the others waiting
             here = self._council.attempt(brought, said)
@@ -224,9 +233,8 @@ class Sharded(Wrapper):
         kept = Kept(library, others, refuse_overlap(library, chosen, others))
         routes = self._inner._assign_known(chosen)
         partition = self._partition.extended(extents_of(library, routes, chosen))
-        begun = values_of(library, {name: array for name, array in chosen.items() if name not in self._partition})
         reading = SCALED if intake.scaled else PLAIN
-        plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, reading, begun)
+        plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, reading)
         self._inner._known_names |= named.keys()
         return Planned(key, plan, partition, kept)
 
@@ -236,10 +244,17 @@ class Sharded(Wrapper):
         options = intake.scaled, self._clip_norm is not None, self._nonfinite, False
         return PlanKey(list(named), list(wanted), options, self._frozen, epochs, readings)
 
-    def _coming_facts(self, planned: Planned, scales: Scales) -> Facts:
+    def _options_told(self) -> Facts:
         options = {name: repr(getattr(self._inner, name)) for name in ("clip_norm", "nonfinite", "frozen")}
-        options["how often init was called"] = repr(self._begun)
-        return {**options, "opt.step": repr(self.step), "grad_scale": repr(scales.whole), **planned.plan.coming()}
+        return {**options, "how often init was called": repr(self._begun), "opt.step": repr(self.step)}
+
+    def _begin(self, planned: Planned, named: Mapping[str, Any]) -> Facts:
+        """The values of parameters that have not come before; of all others too, at the first step."""
+        if planned.partition is self._partition:
+            return {}
+        if not self._partition.is_empty:
+            named = {name: named[name] for name in planned.plan.names if name not in self._partition}
+        return values_of(planned.plan.library, named)
 
     def init(self, params: object) -> None:
         """Begin anew, on all ranks: no slots, which the next step makes, and `steps` at 0. `step` and schedules stay.
@@ -253,12 +268,14 @@ class Sharded(Wrapper):
         super().init(params)
 
     def _init(self, params: object) -> None:
-        self._share_out(params)  # which checks them
+        self._share_out(params, Partition(self._group.size))  # which checks them
         self._inner._init({})
         self._partition, self._planned_step = Partition(self._group.size), None
         self._begun += 1
 
-    def _share_out(self, params: object) -> tuple[MemoryLibrary, Mapping[str, Any], Routes, Partition]:
+    def _share_out(
+        self, params: object, partition: Partition
+    ) -> tuple[MemoryLibrary, Mapping[str, Any], Routes, Partition]:
         """What would be whose, if all these parameters had gradients."""
         self._check_options()
         named = thawed(named_arrays(params, "params"), self._frozen)
@@ -266,13 +283,13 @@ class Sharded(Wrapper):
         if library.in_place is False:
             raise _unsharded(library)
         routes = self._inner._assign(named, remember=False)
-        return library, named, routes, self._partition.extended(extents_of(library, routes, named))
+        return library, named, routes, partition.extended(extents_of(library, routes, named))
 
     def memory(self, params: object) -> MemoryBill:
         """What this rank needs; see `Optimizer.memory`. Scratch has its averaged gradients and the buckets too."""
 
         def counted() -> MemoryBill:
-            library, named, routes, partition = self._share_out(params)
+            library, named, routes, partition = self._share_out(params, self._partition)
             mine = partition.of_rank(self._group.rank, named)
             parts = {name: portion_of(library, named[name], portion) for name, portion in mine.items()}
             own = [(leaf, [name for name in names if name in mine]) for leaf, names in routes]
@@ -286,8 +303,8 @@ class Sharded(Wrapper):
 
     def _refuse(self, what: str) -> NoReturn:
         raise ConfigurationError(
-            f"{what} is not for a Sharded optimizer, whose state is spread over {self._group.size} processes: "
-            "`state` has this rank's part"
+            f"{what} is not for a Sharded optimizer, whose state is spread over {self._group.size} processes; "
+            "parameters are whole on every rank, and can be saved on rank 0"
         )
 
     def save(self, *_: Any, **__: Any) -> NoReturn:

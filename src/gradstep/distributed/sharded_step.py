@@ -2,12 +2,12 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 import gradstep
-from gradstep.arrays.library import OTHER, STAYED, MemoryLibrary
+from gradstep.arrays.library import OTHER, STAYED, MemoryLibrary, owner
 from gradstep.arrays.memory import Memory, element_strides, strides_in_order
 from gradstep.distributed.council import Facts, word_of
 from gradstep.distributed.exchange import BUCKET, Averaging, Spreading
@@ -52,10 +52,12 @@ def _is_plain(memory: Memory) -> bool:
 
 
 def values_of(library: MemoryLibrary, params: Mapping[str, Any]) -> Facts:
-    """What tells whether parameters have the same elements on all ranks."""
+    """What tells whether parameters begin with the same elements on all ranks; of arrays that the library has."""
+    bits = {name: library.as_numpy(array) for name, array in sorted(params.items()) if owner(array) is library}
+    hint = "(seed all ranks alike, or send those of rank 0 to the others)"
     return {
-        f"the values of params[{name!r}], by their CRC-32": f"{zlib.crc32(np.ascontiguousarray(bits).data):08x}"
-        for name, bits in ((name, library.as_numpy(array)) for name, array in params.items())
+        f"the values of params[{name!r}] by their CRC-32 {hint}": f"{zlib.crc32(np.ascontiguousarray(array).data):08x}"
+        for name, array in bits.items()
     }
 
 
@@ -89,7 +91,6 @@ class ShardedPlan:
         partition: who has what of them.
         params, grads: arrays by name, of the parameters that get a gradient.
         intake: how the gradients come in.
-        facts: what else must be the same on every rank.
     """
 
     def __init__(
@@ -101,7 +102,6 @@ class ShardedPlan:
         params: Mapping[str, Any],
         grads: Mapping[str, Any],
         intake: Intake,
-        facts: Facts,
     ) -> None:
         self.library, self.names = library, sorted(params)
         self._memories = {name: check_parameter(library, name, params[name]) for name in self.names}
@@ -127,7 +127,7 @@ class ShardedPlan:
         self.plan = Plan(library, shares, parameters, gradients, intake)
         self._watch_slots = library.watch(self.plan.shown_slots)
         self._examples = [(leaf, {leaf.group(name): name for name in reversed(names)}) for leaf, names in routes]
-        self.facts = {**self._describe(), **facts}
+        self.facts = self._describe()
         self.word = word_of(self.facts)
 
     def _share(self, leaf: Leaf, names: list[str]) -> Share:
@@ -156,11 +156,16 @@ class ShardedPlan:
 
     def _describe(self) -> Facts:
         facts = {"the version of gradstep": gradstep.__version__}
-        for what, memories in (("params", self._memories), ("grads", self._gradients)):
+        for what, memories in (("grads", self._gradients), ("params", self._memories)):
             for name, memory in memories.items():
                 order = "" if what == "grads" or _is_plain(memory) else f", strides {memory.strides}"
                 dtype = f"{memory.dtype} of shape " if what == "params" else "of shape "
                 facts[f"{what}[{name!r}]"] = f"{dtype}{memory.shape}{order}"
+        for leaf, examples in self._examples:
+            for name in examples.values():
+                settings = leaf.settings_of(name)
+                for option, chosen in zip(settings.given, settings.static, strict=True):
+                    facts[f"{option} in the rule of params[{name!r}]"] = _spelled(chosen)
         for number, (leaf, names) in enumerate(self._routes):
             for name in names:
                 program = leaf.program(name, len(self._memories[name].shape))
@@ -268,3 +273,11 @@ class ShardedPlan:
             gradient = averaged[name].reshape(tuple(parameter.shape))
             gradients.append(library.from_bits(gradient, self._computed(name)))
         return parameters, gradients
+
+
+def _spelled(chosen: object) -> str:
+    """What `Settings.static` says of one hyperparameter, the same in every process."""
+    if not isinstance(chosen, tuple):
+        return "0, which leaves it out" if chosen else "kept"
+    _, value = cast("tuple[type, object]", chosen)
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else repr(value)
