@@ -75,9 +75,13 @@ def configurations(*families: type[gs.Optimizer]) -> list[Any]:
 
 def in_both_dtypes(rows: list[Any]) -> list[Any]:
     """Rows of `configurations` with a dtype: all in float32, and the last of each family in float64 too."""
-    last = {row.values[0]: row for row in rows}
-    pairs = [(row, "float32") for row in rows] + [(row, "float64") for row in last.values()]
+    pairs = [(row, "float32") for row in rows] + [(row, "float64") for row in last_of_each(rows)]
     return [pytest.param(*row.values, dtype, id=f"{row.id}-{dtype}") for row, dtype in pairs]
+
+
+def last_of_each(rows: list[Any]) -> list[Any]:
+    """Of rows of `configurations`, the last one of each family."""
+    return list({row.values[0]: row for row in rows}.values())
 
 
 ELEMENTWISE_FAMILIES = [cls for cls in public_optimizers() if cls not in MATRIX_FAMILIES]

@@ -13,7 +13,7 @@ from jax.experimental.layout import Format, Layout
 
 import gradstep as gs
 from everywhere import double_precision, functional  # noqa: F401
-from families import MATRIX_FAMILIES, assert_same_bits, configurations, in_both_dtypes
+from families import MATRIX_FAMILIES, assert_same_bits, configurations, in_both_dtypes, last_of_each
 from gradstep.arrays import jax_lending, mlx_lending
 
 SHAPES = {"scalar": (), "empty": (0, 3), "vector": (7,), "wide": (12, 33), "tall": (33, 12), "deep": (3, 4, 5)}
@@ -66,7 +66,7 @@ OPTIONS = [{}, {"clip_norm": 0.5}, {"nonfinite": "skip"}, {"clip_norm": 0.5, "no
 @both
 @pytest.mark.parametrize(("cls", "kwargs", "dtype"), in_both_dtypes(configurations()))
 def test_the_bits_are_those_of_numpy(cls: Any, kwargs: Any, dtype: str, on_library: Any) -> None:
-    for options in OPTIONS:
+    for options in OPTIONS if dtype == "float64" else OPTIONS[:1]:
         shapes = SHAPES if cls in MATRIX_FAMILIES else {"scalar": (), "empty": (0,), "wide": (12, 33)}
         ours, numpys = cls(**kwargs, **options, donate=True), cls(**kwargs, **options)
         expected, params = arrays(0, dtype, shapes), on_library(arrays(0, dtype, shapes))
@@ -287,7 +287,7 @@ def test_products_that_numpy_lacks_are_compiled(make: Any) -> None:
 
 @pytest.mark.usefixtures("compiled")
 @both
-@pytest.mark.parametrize(("cls", "kwargs"), configurations())
+@pytest.mark.parametrize(("cls", "kwargs"), last_of_each(configurations()))
 def test_elsewhere_donated_arrays_go_through_the_compiled_step(cls: Any, kwargs: Any, on_library: Any) -> None:
     results: list[Any] = []
     for donate in (False, True):
