@@ -171,7 +171,9 @@ def test_buckets_are_bounded_and_change_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_each_rank_keeps_its_part_of_the_state(ranks: int) -> None:
     def work(group: ThreadGroup) -> tuple[int, int]:
         opt, params = gs.Sharded(gs.Adam(0.1), group), {"w": np.zeros((1 << 10, 1 << 10), np.float32)}
-        predicted = opt.memory(params).slots
+        predicted, buckets = opt.memory(params).slots, 3 * (4 << 20)
+        assert opt.memory(params).scratch == (4 << 20) // ranks + buckets
+        assert opt.memory({"w": params["w"].astype(np.float64)}).scratch == 2 * ((4 << 20) // ranks + buckets)
         opt.apply_gradients({"w": np.ones((1 << 10, 1 << 10), np.float32)}, params)
         return predicted, sum(slot.nbytes for slots in opt.state.values() for slot in slots.values())
 

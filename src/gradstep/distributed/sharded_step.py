@@ -220,15 +220,15 @@ class ShardedPlan:
         self.plan.gather(self._parameters, gradients)
         with IeeeArithmetic():
             self.plan.prepare(scales)
+        self._staged = [share.stage() for share in self.plan.shares]
 
     def commit(self, params: Mapping[str, Any]) -> None:
-        """Write this rank's portions."""
+        """Write this rank's portions. Nothing in here can fail."""
         self.library.wrote([*self._sorted(params), *self.plan.shown_slots])
-        staged = [(share, share.stage()) for share in self.plan.shares]
         self.plan.commit(self._parameters)
-        self._parameters = ()
-        for share, state in staged:
+        for share, state in zip(self.plan.shares, self._staged, strict=True):
             share.advance(state)
+        self._parameters, self._staged = (), []
 
     def spread(self, params: Mapping[str, Any]) -> None:
         """Bring everybody's portions to everybody.
