@@ -82,20 +82,18 @@ class Averaging:
 
         Returns what `flat` has raised, after all the others have had what they wait for.
         """
-        own, problem = len(self.averaged), None
+        problem = None
         for low, high, stretches in self._slices:
             parts = self._bucket[: self._group.size * (high - low)].reshape(self._group.size, -1)
-            parts[:] = 0
-            try:
+            try:  # what lies behind the end of a row is nobody's
                 for rank, (name, start, stop, at) in stretches:
                     parts[rank, at : at + stop - start] = flat(name, start, stop)
             except Exception as error:
                 problem = error
             total = self._group.sum_parts(parts) if self._group.size > 1 else parts[0]
-            self.averaged[low:high] = total[: max(own - low, 0)]
-        if self._group.size > 1:
+            mine = self.averaged[low:high]
             with np.errstate(all="ignore"):
-                self.averaged /= self._group.size
+                np.divide(total[: len(mine)], self._group.size, out=mine)
         return problem
 
 
