@@ -697,6 +697,15 @@ class TestWhatIsRefused:
             with pytest.raises(gs.ConfigurationError, match="spread over 1 processes; parameters are whole on every"):
                 method(opt)
 
+    def test_checkpoints_of_the_optimizer_inside(self, alone_in_group: ThreadGroup) -> None:
+        opt = gs.Sharded(gs.MultiOptimizer([gs.SGD(0.1), gs.Adam(0.1)], ["v"]), alone_in_group)
+        opt.optimizer.state_dict()
+        opt.apply_gradients({"w": np.ones(3)}, {"w": np.ones(3)})
+        with pytest.raises(gs.ConfigurationError, match="holds this rank's parts of the state of a Sharded optimizer"):
+            opt.optimizer.state_dict()
+        opt.init({"w": np.ones(3)})
+        assert opt.optimizer.state_dict()
+
     def test_state_of_whole_parameters(self, alone_in_group: ThreadGroup) -> None:
         opt = gs.Adam(0.1)
         opt.apply_gradients({"w": np.ones(3)}, {"w": np.ones(3)})

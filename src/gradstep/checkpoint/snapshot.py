@@ -22,7 +22,7 @@ from gradstep.checkpoint.nodes import (
 )
 from gradstep.checkpoint.tensors import HeldTensors
 from gradstep.checkpoint.values import Encoder
-from gradstep.errors import ArgumentTypeError, CheckpointError, listing
+from gradstep.errors import ArgumentTypeError, CheckpointError, ConfigurationError, listing
 from gradstep.multi import MultiOptimizer
 from gradstep.optimizer import Optimizer
 from gradstep.options import DEFAULTS
@@ -96,6 +96,11 @@ class _Recorder:
 
     def _rule_node(self, optimizer: RuleOptimizer) -> RuleNode:
         (leaf,), family = optimizer._leaves(), type(optimizer)
+        if leaf.cut:
+            raise ConfigurationError(
+                f"{optimizer!r} holds this rank's parts of the state of a Sharded optimizer, which cannot be saved; "
+                "parameters are whole on every rank, and can be saved on rank 0"
+            )
         steps = leaf.steps
         state = {
             name: Held(steps[name], {array: self._key(f"{name}.{array}", slots[array]) for array in slots})

@@ -228,6 +228,7 @@ class ShardedPlan:
         self.plan.commit(self._parameters)
         for share, state in zip(self.plan.shares, self._staged, strict=True):
             share.advance(state)
+            share.leaf.cut = True
         self._parameters, self._staged = (), []
 
     def spread(self, params: Mapping[str, Any]) -> None:

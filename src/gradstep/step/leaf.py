@@ -49,6 +49,7 @@ class Leaf:
         self._awaited = Awaited()
         self.epoch = 0  # changes whenever a plan made before is void
         self.entries: dict[str, dict[str, Any]] = {}
+        self.cut = False  # whether slots are pieces of those of whole parameters
         self.shown: set[str] = set()  # the parameters whose slots somebody else may hold, and move
         self._known: frozenset[str] | None = None  # of a checkpoint, until the first step after loading it
         self._ledger: dict[str, int] = {}  # the row of each parameter in the counts
@@ -214,7 +215,7 @@ class Leaf:
         self._awaited.settle()
         self.entries, self._ledger, self._counts = state
         self._known = None
-        self.shown = set()
+        self.shown, self.cut = set(), False
         self.epoch += 1
 
     def restore(
