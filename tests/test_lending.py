@@ -287,7 +287,7 @@ def test_products_that_numpy_lacks_are_compiled(make: Any) -> None:
 
 @pytest.mark.usefixtures("compiled")
 @both
-@pytest.mark.parametrize(("cls", "kwargs"), last_of_each(configurations()))
+@pytest.mark.parametrize(("cls", "kwargs"), last_of_each(configurations(gs.AdamW, gs.Adafactor)))
 def test_elsewhere_donated_arrays_go_through_the_compiled_step(cls: Any, kwargs: Any, on_library: Any) -> None:
     results: list[Any] = []
     for donate in (False, True):
