@@ -282,9 +282,12 @@ class Optimizer(Persistent, Options, ABC):
         return params
 
     def _scaled_step(self, grads: object, params: object, grad_scale: float) -> None:
-        scale = checked_scale(grad_scale)
-        scaled = self._clip_norm is not None or scale != 1
-        self._begin_step(StepArguments(grads, params, Scales(scale), SCALED if scaled else PLAIN))()
+        def weighed() -> StepArguments:
+            scale = checked_scale(grad_scale)
+            scaled = self._clip_norm is not None or scale != 1
+            return StepArguments(grads, params, Scales(scale), SCALED if scaled else PLAIN)
+
+        self._take_late(weighed)
 
     def _take_late(self, make: "Callable[[], StepArguments]") -> None:
         """Take the step of these arguments, which may fail to be made."""

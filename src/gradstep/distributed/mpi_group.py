@@ -23,7 +23,7 @@ _abandoned: list[Any] = []  # MPI may still write to what these requests hold
 
 
 class MpiGroup:
-    """An intracommunicator, with a timeout in seconds, which MPI does not have: pass this group to have another one.
+    """An intracommunicator, with a timeout in seconds, which MPI does not have.
 
     Start ranks with `mpiexec -n 4 python -m mpi4py train.py`: an error then ends all of them. Without `-m mpi4py` a
     rank that fails waits for the others when it exits.

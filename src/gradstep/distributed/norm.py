@@ -8,9 +8,9 @@ import numpy as np
 
 from gradstep.distributed.exchange import Averaging, Stretch
 from gradstep.distributed.group import Array, Group
-from gradstep.program.blocks import BLOCK, exact_sum
+from gradstep.program.blocks import BLOCK
 from gradstep.program.threads import Team
-from gradstep.step.inspection import SAFE_SQUARES, Inspector
+from gradstep.step.inspection import Inspector, global_norm
 from gradstep.step.sizes import count_blocks
 
 
@@ -36,12 +36,11 @@ class SharedNorm:
     def __init__(self, group: Group, averagings: Sequence[Averaging], team: Team | None) -> None:
         self._group, self._averagings = group, averagings
         self._inspectors = [
-            Inspector(part.averaged.dtype.name, [size for _, size in _pieces(part.rows[group.rank])], team=team)
+            Inspector(part.averaged.dtype.name, [size for _, size in _pieces(part.own)], team=team)
             for part in averagings
         ]
         self._places = [
-            part.averaged.ctypes.data
-            + part.averaged.itemsize * np.array([at for at, _ in _pieces(part.rows[group.rank])], np.int64)
+            part.averaged.ctypes.data + part.averaged.itemsize * np.array([at for at, _ in _pieces(part.own)], np.int64)
             for part in averagings
         ]
         self._names = [
@@ -59,12 +58,12 @@ class SharedNorm:
 
     def _told(self, part: Averaging, sums: list[float], odd: set[int]) -> list[float]:
         """The sums, NaN for all of a piece that is not finite; of float64 a sum may be infinite all the same."""
-        row = part.rows[self._group.rank]
+        pieces = _pieces(part.own)
         for place in odd:
-            at, size = _pieces(row)[place]
+            at, size = pieces[place]
             if part.averaged.dtype == np.float64 and np.isfinite(part.averaged[at : at + size]).all():
                 continue
-            first = sum(count_blocks(length, BLOCK) for _, length in _pieces(row)[:place])
+            first = sum(count_blocks(length, BLOCK) for _, length in pieces[:place])
             for block in range(first, first + count_blocks(size, BLOCK)):
                 sums[block] = math.nan
         return sums
@@ -77,33 +76,15 @@ class SharedNorm:
             for name, value in zip(names, row, strict=False)
         ]
         culprits = {name for name, value in named if math.isnan(value)}
-        total = exact_sum(value for _, value in named)
-        if self._exact or culprits or SAFE_SQUARES[0] < total < SAFE_SQUARES[1]:
-            norm = math.sqrt(total)
-        else:
-            norm = self._scaled()
+        sums = [value for _, value in named]
+        norm = global_norm(sums, self._arrays, exact=self._exact, put_together=self._put_together)
         return Found(norm * abs(whole), tuple(sorted(culprits)))
 
-    def _scaled(self) -> float:
-        """The norm where squares have over- or underflown."""
-        ours = [part.averaged for part in self._averagings]
-        largest = self._everywhere(max, lambda: max((float(np.abs(a).max(initial=0.0)) for a in ours), default=0.0))
-        if largest == 0:
-            return 0.0
-        exponent = math.frexp(largest)[1]
+    def _arrays(self) -> list[Array]:
+        return [part.averaged for part in self._averagings]
 
-        def squares() -> float:
-            with np.errstate(under="ignore"):
-                return math.fsum(float(np.square(np.ldexp(a.astype(np.float64), -exponent)).sum()) for a in ours)
-
-        total = self._everywhere(math.fsum, squares)
-        try:
-            return math.ldexp(math.sqrt(total), exponent)
-        except OverflowError:
-            return math.inf
-
-    def _everywhere(self, together: Callable[[list[float]], float], own: Callable[[], float]) -> float:
-        return together(self._group.gather(np.array(own())).tolist())
+    def _put_together(self, together: Callable[[list[float]], float], own: float) -> float:
+        return together(self._group.gather(np.array(own)).tolist())
 
 
 def _pieces(row: Sequence[Stretch]) -> list[tuple[int, int]]:

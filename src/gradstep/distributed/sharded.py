@@ -13,9 +13,8 @@ from gradstep.distributed.partition import Partition
 from gradstep.distributed.sharded_step import Routes, ShardedPlan, exchange_bytes, extents_of, portion_of, values_of
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.interrupts import InterruptsHeld
-from gradstep.optimizer import Kept, Optimizer, PlanKey, StepArguments, checked_scale, nonfinite_error, pick
+from gradstep.optimizer import Kept, Optimizer, PlanKey, StepArguments, nonfinite_error, pick
 from gradstep.options import Policy, thawed
-from gradstep.program.graph import Reading
 from gradstep.step.bill import MemoryBill, bill
 from gradstep.step.inspection import Inspection
 from gradstep.step.intake import PLAIN, SCALED, Intake
@@ -60,9 +59,9 @@ class Sharded(Wrapper):
     whose rule needs all of it, as those of Adafactor and Muon do, has one owner. Given the same averaged gradients,
     elementwise rules give the bits of one process for every number of ranks.
 
-    A step happens on all ranks or on none: what is found wrong on one, a shape, a schedule, a gradient that is not
-    finite or has no counterpart, is an error on all of them that names the rank, and nothing has changed. A rank that
-    is dead or silent is a `CommunicationError` after the group's timeout.
+    A step happens on all ranks or on none: what is found wrong on one, a shape, a schedule, a gradient that has no
+    counterpart, is an error on all of them that names the rank, and nothing has changed. Whether gradients are finite
+    is seen in their average. A rank that is dead or silent is a `CommunicationError` after the group's timeout.
 
     Everything else is the wrapped optimizer's: hyperparameters, options, counters and `report`. `state` holds this
     rank's parts, flat where a tensor was cut, and `steps` their counts.
@@ -150,16 +149,7 @@ class Sharded(Wrapper):
             CommunicationError: a rank is dead or silent. Where that happened after the step, while parameters were
                 brought to all ranks, they may differ: start again from a checkpoint.
         """
-        self._exclusively(lambda: self._scaled_step(grads, params, grad_scale))
-        return params
-
-    def _scaled_step(self, grads: object, params: object, grad_scale: float) -> None:
-        def made() -> StepArguments:
-            scale = checked_scale(grad_scale)
-            scaled = self._clip_norm is not None or scale != 1
-            return StepArguments(grads, params, Scales(scale), SCALED if scaled else PLAIN)
-
-        self._take_late(made)
+        return super().apply_gradients(grads, params, grad_scale=grad_scale)
 
     def _take_late(self, make: Callable[[], StepArguments]) -> None:
         """Plan the step, and take it when all ranks have planned the same."""
@@ -217,7 +207,8 @@ class Sharded(Wrapper):
 
     def _planned_here(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> Planned:
         """The plan for these arrays, as far as this rank can tell: the last one, or a new one."""
-        key, last = self._key(wanted, named, intake), self._planned_step
+        intake_of_plan = SCALED if intake.scaled else PLAIN  # sums join before
+        key, last = self._plan_key(wanted, named, intake_of_plan), self._planned_step
         if last and last.key == key and last.plan.plan.published and last.kept.stayed(named):
             chosen = dict(zip(last.plan.names, pick(named, last.plan.names), strict=True))
             if last.plan.finds(chosen, wanted):
@@ -233,16 +224,9 @@ class Sharded(Wrapper):
         kept = Kept(library, others, refuse_overlap(library, chosen, others))
         routes = self._inner._assign_known(chosen)
         partition = self._partition.extended(extents_of(library, routes, chosen))
-        reading = SCALED if intake.scaled else PLAIN
-        plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, reading)
+        plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, intake_of_plan)
         self._inner._known_names |= named.keys()
         return Planned(key, plan, partition, kept)
-
-    def _key(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> PlanKey:
-        readings = [Reading.SCALED] if intake.scaled else []
-        epochs = [leaf.epoch for leaf in self._leaves()]
-        options = intake.scaled, self._clip_norm is not None, self._nonfinite, False
-        return PlanKey(list(named), list(wanted), options, self._frozen, epochs, readings)
 
     def _options_told(self) -> Facts:
         options = {name: repr(getattr(self._inner, name)) for name in ("clip_norm", "nonfinite", "frozen")}

@@ -81,7 +81,6 @@ class Batch:
         self._workspace = Workspace()
         self._stacks = [count_matrices(match.shape) for match in matches]
         self._starts: Integers = np.array([match.start for match in matches], np.int64)
-        self._pieces = bool(self._starts.any())
         self._dimensions = self._measure()
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
@@ -196,16 +195,13 @@ class Batch:
     # What is done for each step
 
     def move(self, place: str, addresses: Integers) -> None:
-        """The parameters or gradients lie at other addresses than before; scratch stays where it is."""
+        """The parameters or gradients lie at other addresses than before; scratch and pieces stay where they are."""
         if self.scratch:
             addresses = addresses.copy()
         for scratch in self.scratch:
             if scratch.place == place:
                 addresses[scratch.tensor] = scratch.copy.ctypes.data
-        self._place(place, addresses - self._leads(place) if self._pieces else addresses)
-
-    def _leads(self, place: str) -> Integers:
-        return np.array([match.lead(place) for match in self.matches], np.int64)
+        self._place(place, addresses)
 
     def gather(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:
         """Copy into scratch what no kernel can walk."""

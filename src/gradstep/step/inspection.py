@@ -89,22 +89,36 @@ def _kernel(dtype: str, stored: str, reading: Reading) -> tuple[Kernel, str]:
     return compile_kernel(kernel), place_of(norm)
 
 
-def global_norm(sums: Sequence[float], arrays: Callable[[], Iterable[np.ndarray[Any, Any]]], *, exact: bool) -> float:
+def own_alone(together: Callable[[list[float]], float], own: float) -> float:
+    """What one process has of a number, which is all of it."""
+    return together([own])
+
+
+def global_norm(
+    sums: Sequence[float],
+    arrays: Callable[[], Iterable[np.ndarray[Any, Any]]],
+    *,
+    exact: bool,
+    put_together: Callable[[Callable[[list[float]], float], float], float] = own_alone,
+) -> float:
     """The root of the sum of all blocks.
 
     Squares of float32 and narrower can neither over- nor underflow in float64 (`exact`). Those of float64 can: then the
-    arrays are asked for, and scaled by a power of two first.
+    arrays are asked for, and scaled by a power of two first. `put_together` makes one number of those that several
+    processes have of their arrays.
     """
     total = exact_sum(sums)
     if exact or math.isnan(total) or SAFE_SQUARES[0] < total < SAFE_SQUARES[1]:
         return math.sqrt(total)
-    largest = max((float(np.max(np.abs(array), initial=0.0)) for array in arrays()), default=0.0)
+    own = max((float(np.max(np.abs(array), initial=0.0)) for array in arrays()), default=0.0)
+    largest = put_together(max, own)
     if largest == 0 or not math.isfinite(largest):
         return largest
     exponent = math.frexp(largest)[1]
     with np.errstate(under="ignore"):
         scaled = (np.ldexp(array.astype(np.float64), -exponent) for array in arrays())
-        total = math.fsum(float(np.sum(np.square(array))) for array in scaled)
+        own = math.fsum(float(np.sum(np.square(array))) for array in scaled)
+    total = put_together(math.fsum, own)
     try:
         return math.ldexp(math.sqrt(total), exponent)
     except OverflowError:
