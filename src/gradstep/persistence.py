@@ -1,12 +1,12 @@
 """The methods by which every optimizer is saved and loaded."""
+# pyright: reportPrivateUsage=false
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
-from gradstep.tree import named_arrays
 
 if TYPE_CHECKING:
     from gradstep.checkpoint.differences import Difference
@@ -61,10 +61,7 @@ class Persistent(ABC):
             >>> other.step, other.state["w"]["m"]
             (1, array([0.1, 0.1], dtype=float32))
         """
-        from gradstep.checkpoint import checkpoint_file, snapshot
-
-        named = named_arrays({} if params is None else params, "params")
-        self._exclusively(lambda: checkpoint_file.save(path, snapshot.snapshot(self._itself, named), keep))
+        self._save_as(self._itself, path, params, keep)
 
     def load(
         self, path: str | os.PathLike[str], params: object = None, *, like: object = None, strict: bool = True,
@@ -108,13 +105,8 @@ class Persistent(ABC):
             >>> gs.SGD(0.1).load(path, params, strict=False)
             [Difference(kind='different', where='opt', file='Adam', here='SGD')]
         """
-        from gradstep.checkpoint import checkpoint_file
-
-        whose = _checked_whose(hyperparameters)
-        with checkpoint_file.opened(path) as file:
-            if params is None and like is None:
-                file.warn_of_parameters(stacklevel=2)
-            return self._restore(file.document, file.tensors, params, like, strict, whose, functions)
+        loading = Loading(params, like, _checked_strict(strict), _checked_whose(hyperparameters), functions or {})
+        return self._load_as(self._itself, path, loading, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """What `save` would put into a file, for checkpoints of your own: plain data, and arrays by key.
@@ -150,29 +142,61 @@ class Persistent(ABC):
             >>> twin.learning_rate
             0.1
         """
+        loading = Loading(None, like, _checked_strict(strict), _checked_whose(hyperparameters), functions or {})
+        return self._load_state_as(self._itself, state_dict, loading)
+
+    # What a wrapper asks of the optimizer inside it, for `whole`, the outermost one
+
+    def _save_as(self, whole: "Optimizer", path: str | os.PathLike[str], params: object, keep: int | None) -> None:
+        from gradstep.checkpoint import checkpoint_file, snapshot
+
+        named = snapshot.checked_arrays({} if params is None else params, "params")
+        whole._exclusively(lambda: checkpoint_file.save(path, snapshot.snapshot(whole, named), keep))
+
+    def _load_as(
+        self, whole: "Optimizer", path: str | os.PathLike[str], loading: "Loading", stacklevel: int
+    ) -> "list[Difference]":
+        from gradstep.checkpoint import checkpoint_file
+
+        with checkpoint_file.opened(path) as file:
+            if loading.params is None and loading.like is None:
+                file.warn_of_parameters(stacklevel)
+            return _restore(whole, file.document, file.tensors, loading)
+
+    def _load_state_as(
+        self, whole: "Optimizer", state_dict: Mapping[str, Any], loading: "Loading"
+    ) -> "list[Difference]":
         from gradstep.checkpoint import snapshot
 
-        whose = _checked_whose(hyperparameters)
-        document, tensors = snapshot.from_state_dict(state_dict)
-        return self._restore(document, tensors, None, like, strict, whose, functions)
+        return _restore(whole, *snapshot.from_state_dict(state_dict), loading)
 
-    def _restore(
-        self, document: "Document", tensors: "Tensors", params: object, like: object, strict: bool, whose: "Whose",
-        functions: "Functions | None",
-    ) -> "list[Difference]":  # fmt: skip
-        from gradstep.checkpoint import restore, snapshot
 
-        if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentTypeError(f"strict must be True or False, got {strict!r}")
+class Loading(NamedTuple):
+    """How a checkpoint is loaded; see `Persistent.load`."""
 
-        def body() -> "list[Difference]":
-            mine = snapshot.snapshot(self._itself, {}).document.optimizer
-            return restore.restore(
-                self._itself, mine, document, tensors,
-                params=params, like=like, strict=strict, whose=whose, functions=functions or {},
-            )  # fmt: skip
+    params: object
+    like: object
+    strict: bool
+    whose: "Whose"
+    functions: "Functions"
 
-        return self._exclusively(body)
+
+def _restore(whole: "Optimizer", document: "Document", tensors: "Tensors", loading: Loading) -> "list[Difference]":
+    from gradstep.checkpoint import restore, snapshot
+
+    def body() -> "list[Difference]":
+        mine = snapshot.snapshot(whole, {}).document.optimizer
+        restoration = restore.prepare(whole, mine, document, tensors, loading)
+        restoration.adopt()
+        return restoration.differences
+
+    return whole._exclusively(body)
+
+
+def _checked_strict(strict: object) -> bool:
+    if not isinstance(strict, bool):
+        raise ArgumentTypeError(f"strict must be True or False, got {strict!r}")
+    return strict
 
 
 def _checked_whose(hyperparameters: object) -> "Whose":

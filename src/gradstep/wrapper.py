@@ -1,12 +1,17 @@
 """An optimizer around another one, which has everything that the wrapper does not say otherwise."""
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from gradstep.optimizer import OWN, Optimizer
+from gradstep.persistence import Loading
 from gradstep.report import Rate, Report
 from gradstep.step.leaf import Leaf
 from gradstep.step.outcome import Outcome
+
+if TYPE_CHECKING:
+    from gradstep.checkpoint.differences import Difference
 
 
 class Wrapper(Optimizer):
@@ -72,6 +77,17 @@ class Wrapper(Optimizer):
 
     def _family(self) -> list[Optimizer]:
         return [self, *self._inner._family()]
+
+    def _save_as(self, whole: Optimizer, path: str | os.PathLike[str], params: object, keep: int | None) -> None:
+        self._inner._save_as(whole, path, params, keep)
+
+    def _load_as(
+        self, whole: Optimizer, path: str | os.PathLike[str], loading: Loading, stacklevel: int
+    ) -> "list[Difference]":
+        return self._inner._load_as(whole, path, loading, stacklevel + 1)
+
+    def _load_state_as(self, whole: Optimizer, state_dict: Mapping[str, Any], loading: Loading) -> "list[Difference]":
+        return self._inner._load_state_as(whole, state_dict, loading)
 
     def _count_step(self, outcome: Outcome | None = None) -> None:
         self._inner._count_step(outcome)

@@ -16,7 +16,7 @@ from test_inspect import STRANGE, flip, parameters, rows, saved, train
 import gradstep as gs
 from gradstep.arrays.stored import Stored, bits_of
 from gradstep.checkpoint.checkpoint_file import opened
-from gradstep.checkpoint.tensors import FileTensors
+from gradstep.checkpoint.tensors import FileTensors, read
 from gradstep.cli.checkpoint import measuring
 from gradstep.cli.checkpoint.changes import Change, Difference, Pair, compare
 from gradstep.cli.checkpoint.contents import Array, contents_of
@@ -54,7 +54,7 @@ def test_a_file_and_itself(command: Run, two: tuple[Path, Path], monkeypatch: py
     def refuse(*_: object) -> None:
         raise AssertionError("equal hashes are not read")
 
-    monkeypatch.setattr(FileTensors, "read", refuse)
+    monkeypatch.setattr(FileTensors, "fetch", refuse)
     ended = command("diff", two[0], two[0])
     assert (ended.code, ended.errors) == (0, "")
     assert "Nothing differs: 6 tensors" in ended.output
@@ -92,8 +92,8 @@ def test_consecutive_steps_against_float64(command: Run, two: tuple[Path, Path])
         "own step of 2 parameters": ("3", "4"),
     }
     with opened(two[0]) as a, opened(two[1]) as b:
-        keys = list(a.hashes)
-        arrays = {key: (a.tensors.read(key).bits, b.tensors.read(key).bits) for key in keys}
+        keys = list(a.tensors.all_keys())
+        arrays = {key: (read(a.tensors, key).bits, read(b.tensors, key).bits) for key in keys}
     measured = {
         one["parameter"] + ("" if one["role"] == "parameter" else "." + one["array"]): one for one in found["tensors"]
     }
@@ -163,7 +163,7 @@ def test_codes_are_compared_as_codes(command: Run, tmp_path: Path):
     optimizer, params = gs.Adam(0.1, slot_dtype="int8"), parameters({"w": (600,)})
     first, second = saved(tmp_path / "a", optimizer, params, 2), saved(tmp_path / "b", optimizer, params, 1)
     with opened(first) as a, opened(second) as b:
-        codes = [file.tensors.read("w.v.codes").bits for file in (a, b)]
+        codes = [read(file.tensors, "w.v.codes").bits for file in (a, b)]
     largest, relative, differing = in_float64(*codes)
     ended = command("diff", first, second)
     assert ["w", "v.codes", f"{relative:.3g}", f"{largest:.0f} of 255", f"{differing} of 600"] in rows(ended.output)

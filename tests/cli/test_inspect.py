@@ -18,6 +18,7 @@ from rich.console import Console
 
 import gradstep as gs
 from gradstep.checkpoint.checkpoint_file import opened
+from gradstep.checkpoint.container import Container
 from gradstep.cli.checkpoint.contents import contents_of
 from gradstep.cli.checkpoint.inspection_screen import show
 from gradstep.cli.checkpoint.schedules import Curve, schedules_of
@@ -64,8 +65,8 @@ def printed(path: Path, width: int, *, everything: bool = False, encoding: str =
 
 def flip(path: Path, *keys: str) -> None:
     """Flip a bit in the data of these tensors."""
-    with opened(path) as file:
-        extents = [file.container.tensors[key] for key in keys]
+    with Container(path) as container:
+        extents = [container.tensors[key] for key in keys]
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     for extent in extents:

@@ -5,7 +5,9 @@ What a checkpoint is:  nodes      the plain data: a tree of optimizers, with the
                        snapshot   an optimizer as such data and its live arrays; state dicts
 Files:                 container  the safetensors format
                        files      replaced whole: written beside, synced, renamed
-                       checkpoint_file  one checkpoint as one file; `gs.load`, `gs.latest`
+                       sharded_file  an index of shards, which are containers
+                       shards     the files of shards: written, held, removed
+                       checkpoint_file  one checkpoint by its path; `gs.load`, `gs.latest`
 Loading:               making     a new optimizer, as the data say
                        matching   the data's tree against an optimizer's
                        wants      what parameters need of state, and how it is to lie

@@ -1,52 +1,88 @@
-"""A checkpoint as one safetensors file, and finding the newest of a folder."""
+"""A checkpoint by the path of its file, or of its index, and finding the newest of a folder."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Generator, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradstep.arrays.stored import bits_of, dtype_of
+from gradstep.arrays.stored import Bits, bits_of, dtype_of
+from gradstep.checkpoint import tensors as reading
 from gradstep.checkpoint.container import CODES, Container, Tensor, write
 from gradstep.checkpoint.files import replacing
 from gradstep.checkpoint.making import make
 from gradstep.checkpoint.nodes import Document, from_json, keys_of, step_of
-from gradstep.checkpoint.restore import restore
+from gradstep.checkpoint.restore import prepare
+from gradstep.checkpoint.sharded_file import INDEX, PART, Index, ShardTensors, index_from_json
 from gradstep.checkpoint.snapshot import Snapshot
-from gradstep.checkpoint.tensors import FileTensors
+from gradstep.checkpoint.tensors import FileTensors, SavedTensors
 from gradstep.checkpoint.values import Functions
 from gradstep.errors import ArgumentTypeError, CheckpointError, ConfigurationError, OutOfRangeError, listing
 from gradstep.optimizer import Optimizer
+from gradstep.persistence import Loading
 from gradstep.rules.base import RuleOptimizer
 
 Path_ = str | os.PathLike[str]
 
 DOCUMENT, HASHES, DIGEST = "gradstep", "gradstep.sha256", "gradstep.digest"
+NOT_SAVED = "its header is not what was saved"
 
 
 def save(path: Path_, content: Snapshot, keep: int | None) -> None:
     """Write a checkpoint and put it in the place of `path`; see `Optimizer.save`."""
-    count = _checked_keep(keep)
-    document = json.dumps(content.document.to_json(), allow_nan=False, separators=(",", ":"))
     tensors = [
-        Tensor(key, dtype_of(array), tuple(array.shape), partial(bits_of, array, repr(key)))
+        Tensor(key, dtype_of(array), tuple(array.shape), functools.partial(bits_of, array, repr(key)))
         for key, array in content.arrays.items()
     ]
+    _write_whole(path, content.document, tensors, checked_keep(keep))
+
+
+def _write_whole(path: Path_, document: Document, tensors: Sequence[Tensor], keep: int) -> None:
+    text = _text_of(document)
     forms = {tensor.key: (tensor.dtype, tensor.shape) for tensor in tensors}
 
     def metadata(hashes: Mapping[str, str]) -> dict[str, str]:
-        found = {DOCUMENT: document, HASHES: json.dumps(hashes, separators=(",", ":"))}
+        found = {DOCUMENT: text, HASHES: json.dumps(hashes, separators=(",", ":"))}
         return {**found, DIGEST: _digest(found, forms)}
 
-    with replacing(path, count) as file:
+    with replacing(path, keep) as file:
         write(file, tensors, metadata)
 
 
-def _checked_keep(keep: int | None) -> int:
+def save_index(path: Path_, document: Document, index: Index, keep: int) -> None:
+    """Write the index of shards that are there already, and put it in the place of `path`."""
+    found = {DOCUMENT: _text_of(document), INDEX: index.to_json()}
+    with replacing(path, keep) as file:
+        write(file, [], lambda _: {**found, DIGEST: _digest_of_index(found)})
+
+
+def merge(index: Path_, path: Path_, progress: Callable[[int], object] = lambda _: None) -> None:
+    """Write what an index and its shards hold as one file, with one tensor at a time in memory.
+
+    `progress` is told the bytes of each tensor.
+    """
+    with opened(index) as file:
+
+        def bits(key: str) -> Bits:
+            stored = reading.read(file.tensors, key)
+            progress(stored.bits.nbytes)
+            return stored.bits
+
+        shapes = {key: file.tensors.shape(key) for key in file.tensors.all_keys()}
+        tensors = [Tensor(key, *shape, functools.partial(bits, key)) for key, shape in shapes.items()]
+        _write_whole(path, file.document, tensors, keep=1)
+
+
+def _text_of(document: Document) -> str:
+    return json.dumps(document.to_json(), allow_nan=False, separators=(",", ":"))
+
+
+def checked_keep(keep: int | None) -> int:
+    """How many files to keep."""
     if keep is None:
         return 1
     if isinstance(keep, bool) or not hasattr(keep, "__index__"):
@@ -63,6 +99,11 @@ def _digest(metadata: Mapping[str, str], forms: Mapping[str, tuple[str, tuple[in
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
+def _digest_of_index(metadata: Mapping[str, str]) -> str:
+    content = [metadata[DOCUMENT], metadata[INDEX]]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
 def load(
     path: Path_, params: object = None, *, like: object = None, rules: Iterable[type[RuleOptimizer]] = (),
     functions: Functions | None = None,
@@ -70,7 +111,7 @@ def load(
     """Make the optimizer that a file was saved from, and go on where it stood, bit for bit.
 
     Args:
-        path: the file.
+        path: the file, or the index that a `Sharded` optimizer wrote.
         params: parameters to be overwritten with those of the file. Default: the file's are left alone.
         like: parameters, of whose library and in whose layout and place the state is made. Default: `params`, or else
             those of the next step.
@@ -98,10 +139,8 @@ def load(
             file.warn_of_parameters(stacklevel=2)
         node = file.document.optimizer
         optimizer = make(node, _checked_rules(rules), functions or {}, file.tensors.name)
-        restore(
-            optimizer, node, file.document, file.tensors,
-            params=params, like=like, strict=True, whose="file", functions=functions or {},
-        )  # fmt: skip
+        loading = Loading(params, like, strict=True, whose="file", functions=functions or {})
+        prepare(optimizer, node, file.document, file.tensors, loading).adopt()
         return optimizer
 
 
@@ -113,9 +152,7 @@ class CheckpointFile(NamedTuple):
     """A checkpoint opened for reading. Its header is what was saved; tensors are verified when they are read."""
 
     document: Document
-    tensors: FileTensors
-    container: Container
-    hashes: Mapping[str, str]
+    tensors: SavedTensors
 
     def warn_of_parameters(self, stacklevel: int) -> None:
         """Warn that parameters are left where they are."""
@@ -149,26 +186,54 @@ def opened(path: Path_) -> Generator[CheckpointFile]:
     """
     with Container(path) as container:
         metadata = container.metadata
+        if PART in metadata:
+            raise NoCheckpointError(f"{path} is {metadata[PART]}; pass the path of that")
         if DOCUMENT not in metadata:
             raise NoCheckpointError(
                 f"{path} is a safetensors file, but no checkpoint of gradstep's: its metadata lacks {DOCUMENT!r}"
             )
+        if INDEX in metadata:
+            with _opened_index(container) as file:
+                yield file
+            return
         absent = [name for name in (HASHES, DIGEST) if name not in metadata]
         forms = {key: (extent.dtype, extent.shape) for key, extent in container.tensors.items()}
         if absent or _digest(metadata, forms) != metadata[DIGEST]:
-            raise container.damaged("its header is not what was saved")
-        document = from_json(container.parsed(metadata[DOCUMENT], "its description of the optimizer"))
+            raise container.damaged(NOT_SAVED)
         hashes = container.parsed(metadata[HASHES], "its list of hashes")
-        lacking = (keys_of(document.optimizer) | set(document.parameters.values())) - hashes.keys()
-        if hashes.keys() != forms.keys() or lacking:
-            raise container.damaged(f"it describes other tensors than it holds: {sorted(lacking)[:8] or 'hashes'}")
-        yield CheckpointFile(document, FileTensors(container, hashes), container, hashes)
+        if hashes.keys() != forms.keys():
+            raise container.damaged("it describes other tensors than it holds: hashes")
+        yield _checked(container, FileTensors(container, hashes))
+
+
+@contextlib.contextmanager
+def _opened_index(container: Container) -> Generator[CheckpointFile]:
+    metadata = container.metadata
+    if container.tensors or metadata.get(DIGEST) != _digest_of_index(metadata):
+        raise container.damaged(NOT_SAVED)
+    index = index_from_json(container.parsed(metadata[INDEX], "its index"))
+    with ShardTensors(container.path, container.size, index) as tensors:
+        yield _checked(container, tensors)
+
+
+def _checked(container: Container, tensors: SavedTensors) -> CheckpointFile:
+    document = from_json(container.parsed(container.metadata[DOCUMENT], "its description of the optimizer"))
+    lacking = (keys_of(document.optimizer) | set(document.parameters.values())) - set(tensors.all_keys())
+    if lacking:
+        raise container.damaged(f"it describes other tensors than it holds: {sorted(lacking)[:8]}")
+    return CheckpointFile(document, tensors)
+
+
+def shards_of(path: Path_) -> list[str]:
+    """The shards that a file names, if it is an index."""
+    with opened(path) as file:
+        return [shard.path for shard in file.tensors.index.shards] if isinstance(file.tensors, ShardTensors) else []
 
 
 def verify(path: Path_) -> None:
     """Read the whole file, and raise if anything about it is not what was saved."""
     with opened(path) as file:
-        for key in file.hashes:
+        for key in file.tensors.all_keys():
             file.tensors.verify(key)
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, Self, cast
 import numpy as np
 
 from gradstep.arrays.memory import bits_dtype
-from gradstep.arrays.stored import Bits, empty_bits
+from gradstep.arrays.stored import Bits
 from gradstep.errors import ArgumentTypeError, CheckpointError, DtypeError
 
 CODES = {
@@ -63,7 +63,8 @@ def write(
             whatever the digits: the header is written last, before the tensors.
     """
     _refuse_big_endian()
-    ordered = sorted(tensors, key=lambda tensor: -_itemsize(tensor))  # so that each lies at a multiple of its size
+    # Each is to lie at a multiple of its elements' size.
+    ordered = sorted(tensors, key=lambda tensor: -_checked_itemsize(tensor))
     unknown = "0" * 64
     blank = _header(ordered, metadata_for({tensor.key: unknown for tensor in ordered}))
     file.seek(8 + len(blank))
@@ -83,13 +84,13 @@ def _write_tensor(file: BinaryIO, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _itemsize(tensor: Tensor) -> int:
+def _checked_itemsize(tensor: Tensor) -> int:
     if tensor.dtype not in CODES:
         raise DtypeError(f"{tensor.key!r} has dtype {tensor.dtype}, which a checkpoint cannot hold")
-    return _bytes_of(tensor.dtype)
+    return itemsize(tensor.dtype)
 
 
-def _bytes_of(dtype: str) -> int:
+def itemsize(dtype: str) -> int:
     """Bytes per element."""
     return np.dtype(bits_dtype(dtype)).itemsize
 
@@ -98,7 +99,7 @@ def _header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {METADATA: dict(metadata)}
     begin = 0
     for tensor in tensors:
-        end = begin + math.prod(tensor.shape) * _itemsize(tensor)
+        end = begin + math.prod(tensor.shape) * _checked_itemsize(tensor)
         entries[tensor.key] = {"dtype": CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
         begin = end
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
@@ -184,7 +185,7 @@ class Container:
         dtype, (begin, end) = DTYPES[code], offsets
         if math.prod(size for size in shape if size) >= LARGEST:
             raise self.damaged(f"tensor {key!r} of shape {tuple(shape)} has more elements than any memory")
-        if end - begin != math.prod(shape) * _bytes_of(dtype):
+        if end - begin != math.prod(shape) * itemsize(dtype):
             raise self.damaged(
                 f"tensor {key!r} of dtype {dtype} and shape {tuple(shape)} cannot have {end - begin} bytes"
             )
@@ -212,31 +213,28 @@ class Container:
         """The error that says what is wrong with the file."""
         return CheckpointError(f"{self.path} is damaged, or no safetensors file: {reason}; nothing was loaded from it")
 
-    def read(self, key: str) -> tuple[Bits, str]:
-        """A tensor's elements, and the SHA-256 of its bytes."""
-        extent = self.tensors[key]
-        bits = empty_bits(extent.shape, extent.dtype)
-        content, done, digest = bits.reshape(-1).view(np.uint8).data, 0, hashlib.sha256()
-        self._seek(extent)
-        while done < len(content):
-            piece = self._read_some(key, content[done : done + CHUNK])
-            digest.update(piece)
-            done += len(piece)
-        return bits, digest.hexdigest()
+    def fetch(self, key: str, room: Bits, first: int = 0) -> str:
+        """Fill `room` with a tensor's elements from number `first` on, in C order; gives the SHA-256 of all its bytes.
 
-    def digest(self, key: str) -> str:
-        """The SHA-256 of a tensor's bytes, read through a small buffer."""
-        extent = self.tensors[key]
-        buffer, left, digest = memoryview(bytearray(CHUNK)), extent.end - extent.begin, hashlib.sha256()
-        self._seek(extent)
-        while left:
-            piece = self._read_some(key, buffer[:left])
-            digest.update(piece)
-            left -= len(piece)
+        The others are read through a small buffer.
+        """
+        extent, content = self.tensors[key], room.reshape(-1).view(np.uint8).data
+        begin = first * itemsize(extent.dtype)
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+        os.lseek(self._file, self._start + extent.begin, os.SEEK_SET)
+        self._read_on(key, begin, digest, lambda done: buffer[: begin - done])
+        self._read_on(key, len(content), digest, lambda done: content[done : done + CHUNK])
+        rest = extent.end - extent.begin - begin - len(content)
+        self._read_on(key, rest, digest, lambda done: buffer[: rest - done])
         return digest.hexdigest()
 
-    def _seek(self, extent: Extent) -> None:
-        os.lseek(self._file, self._start + extent.begin, os.SEEK_SET)
+    def _read_on(self, key: str, count: int, digest: Any, room: Callable[[int], memoryview]) -> None:
+        """Read the next `count` bytes to where `room` says, given how many have been read."""
+        done = 0
+        while done < count:
+            piece = self._read_some(key, room(done))
+            digest.update(piece)
+            done += len(piece)
 
     def _read_some(self, key: str, room: memoryview) -> memoryview:
         """As many of the next bytes as there are at once, at least one."""

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,19 +27,29 @@ def replacing(path: str | os.PathLike[str], keep: int = 1) -> Generator[BinaryIO
         path: the file to be replaced; a link stays one.
         keep: how many files there are to be, the new one and older ones; see `older`.
     """
+    target = target_of(path)
+    _remove_left_over(target)
+    with _beside(target) as (file, place):
+        yield file
+        sync(file)
+        with _turn(target.parent):
+            _rotate(target, keep)
+            _rename(file, place, target)
+    sync_folder(target.parent)
+
+
+def target_of(path: str | os.PathLike[str]) -> Path:
+    """The file to be replaced, behind links.
+
+    Raises:
+        OSError: its folder does not exist, or it is something else.
+    """
     target = Path(os.path.realpath(os.fsdecode(path)))
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into", str(target.parent))
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "expected the name of a file to save into; what is there is no file", str(target))
-    _remove_left_over(target)
-    with _beside(target) as (file, place):
-        yield file
-        _sync(file)
-        with _turn(target.parent):
-            _rotate(target, keep)
-            _rename(file, place, target)
-    _sync_folder(target.parent)
+    return target
 
 
 def older(path: Path, age: int) -> Path:
@@ -61,7 +71,7 @@ def _rotate(target: Path, keep: int) -> None:
     except OSError:  # a file system without hard links
         with _beside(newest) as (file, place), target.open("rb") as old:
             shutil.copyfileobj(old, file)
-            _sync(file)
+            sync(file)
             shutil.copystat(target, place)  # the time of writing tells which is the newest
             _rename(file, place, newest)
 
@@ -69,12 +79,7 @@ def _rotate(target: Path, keep: int) -> None:
 @contextlib.contextmanager
 def _beside(target: Path) -> Generator[tuple[BinaryIO, Path]]:
     """A new file in the folder of `target`, held by this process, and removed if it has not been renamed."""
-    while True:
-        place = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}")
-        file = os.fdopen(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666), "wb")
-        if _claim(file) is not False and place.exists():  # else somebody has just taken it for left over
-            break
-        file.close()
+    file, place = create_held(lambda: target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}"))
     try:
         with file:
             with contextlib.suppress(FileNotFoundError):
@@ -82,6 +87,23 @@ def _beside(target: Path) -> Generator[tuple[BinaryIO, Path]]:
             yield file, place
     finally:
         place.unlink(missing_ok=True)
+
+
+def create_held(name: Callable[[], Path]) -> tuple[BinaryIO, Path]:
+    """A new file, held by this process for as long as it is open."""
+    while True:
+        place = name()
+        file = os.fdopen(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666), "wb")
+        if claim(file) is not False and place.exists():  # else somebody has just taken it for left over
+            return file, place
+        file.close()
+
+
+def remove_unheld(place: Path) -> None:
+    """Remove a file, unless a process holds it."""
+    with contextlib.suppress(OSError), place.open("r+b") as file:
+        if claim(file) or os.name == "nt":  # where what is open cannot be removed
+            place.unlink()
 
 
 def _rename(file: BinaryIO, place: Path, target: Path) -> None:
@@ -97,12 +119,10 @@ def _prefix(target: Path) -> str:
 def _remove_left_over(target: Path) -> None:
     """Remove what killed processes have left here: nobody holds it any more."""
     for place in target.parent.glob(f"{_prefix(target)}*"):
-        with contextlib.suppress(OSError), place.open("r+b") as file:
-            if _claim(file) or os.name == "nt":  # where what is open cannot be removed
-                place.unlink()
+        remove_unheld(place)
 
 
-def _claim(file: BinaryIO) -> bool | None:
+def claim(file: BinaryIO) -> bool | None:
     """Hold a file for as long as it is open; False if somebody else does, None where files cannot be held."""
     if fcntl is None:
         return None
@@ -130,7 +150,7 @@ def _turn(folder: Path) -> Generator[None]:
         os.close(handle)
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO) -> None:
     """Wait until the file is on the disk."""
     file.flush()
     if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves data in the disk's cache
@@ -140,7 +160,7 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     if os.name == "nt":
         return  # folders cannot be opened there; renaming is journalled
     handle = os.open(folder, os.O_RDONLY)

@@ -17,6 +17,7 @@ from gradstep.rules.base import RuleOptimizer
 from gradstep.settings import Settings
 from gradstep.step.leaf import Leaf, rule_arguments
 from gradstep.storage_options import STORAGE_DEFAULTS
+from gradstep.wrapper import Wrapper
 
 Whose: TypeAlias = Literal["file", "mine"]
 
@@ -83,6 +84,8 @@ class _Matcher:
 
     def match(self, where: str, here: Optimizer, mine: Node, there: Node, *, outermost: bool = True) -> None:
         """Match two optimizers and all below."""
+        if isinstance(here, Wrapper) and not isinstance(here, Accumulate):  # it leaves no trace in a checkpoint
+            here = here.optimizer
         if isinstance(mine, AccumulateNode) or isinstance(there, AccumulateNode):
             self._match_rounds(where, here, mine, there)
         elif isinstance(here, MultiOptimizer) and isinstance(mine, MultiNode) and isinstance(there, MultiNode):

@@ -1,35 +1,58 @@
 """A checkpoint brought into an optimizer: compared with it, read, and adopted, or nothing at all."""
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from gradstep.accumulate import Accumulate
 from gradstep.arrays.library import Form, recognise
-from gradstep.arrays.stored import check_array
+from gradstep.arrays.memory import bits_dtype
 from gradstep.checkpoint.comparison import Comparison
 from gradstep.checkpoint.differences import Difference, mismatch
-from gradstep.checkpoint.matching import RuleMatch, Whose, match_trees
+from gradstep.checkpoint.matching import RuleMatch, match_trees
 from gradstep.checkpoint.nodes import Document, Held, Node
-from gradstep.checkpoint.tensors import Tensors
-from gradstep.checkpoint.values import Functions
-from gradstep.checkpoint.wants import Wants, wants_of
+from gradstep.checkpoint.snapshot import checked_arrays
+from gradstep.checkpoint.tensors import Tensors, read, read_part
+from gradstep.checkpoint.wants import Want, WantInMemory, Wants, wants_of
 from gradstep.errors import ReadOnlyError
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Optimizer
-from gradstep.tree import entries_of, named_arrays
+from gradstep.persistence import Loading
+from gradstep.tree import entries_of
+
+Range = tuple[int, int]
+"""Elements of a parameter from one number to another, in C order."""
+Share = Callable[[Mapping[str, WantInMemory]], Mapping[str, Range]]
+"""Given the parameters that will have state, those that have it here, and the part of it."""
 
 
-def restore(
-    optimizer: Optimizer, mine: Node, document: Document, tensors: Tensors, *,
-    params: object, like: object, strict: bool, whose: Whose, functions: Functions,
-) -> list[Difference]:  # fmt: skip
-    """Load a checkpoint; see `Optimizer.load`. To be called while no other thread can step.
+class Restoration(NamedTuple):
+    """A checkpoint that has been read: what differs, and the change that is left to be made."""
 
-    `mine` is what a checkpoint of the optimizer would say.
+    differences: list[Difference]
+    adopt: Callable[[], None]
+
+
+def prepare(
+    optimizer: Optimizer,
+    mine: Node,
+    document: Document,
+    tensors: Tensors,
+    loading: Loading,
+    share: Share | None = None,
+) -> Restoration:
+    """Read a checkpoint; see `Optimizer.load`. To be called while no other thread can step.
+
+    Args:
+        optimizer: the outermost one.
+        mine: what a checkpoint of the optimizer would say.
+        document, tensors: what the checkpoint says.
+        loading: how it is loaded.
+        share: what of the state belongs here, where it is spread over processes. Default: all.
     """
-    named = _named(params, "params")
-    models = named if like is None else _named(like, "like")
+    params, like, strict, whose, functions = loading
+    named = None if params is None else checked_arrays(params, "params")
+    models = named if like is None else checked_arrays(like, "like")
     matching = match_trees(optimizer, mine, document.optimizer, whose, functions, tensors.name)
     rules = matching.rules
     wants: list[Wants] | list[None] = [None] * len(rules)
@@ -45,62 +68,80 @@ def restore(
     if strict and differences:
         raise mismatch(tensors.name, differences)
 
+    ranges = None if share is None else share(_in_memory(wants, states))
     everything = zip(rules, states, wants, strict=True)
-    successors = [_Successor(rule, state, tensors, some, strict=strict) for rule, state, some in everything]
+    successors = [_Successor(rule, state, tensors, some, ranges, strict=strict) for rule, state, some in everything]
     # A round of which a sum is left out could not go on: it begins anew.
     whole_round = matching.round if matching.round and len(sums) == len(matching.round.sums) else None
-    totals = {name: tensors.read(key) for name, key in sums.items()} if whole_round else {}
+    totals = {name: read(tensors, key) for name, key in sums.items()} if whole_round else {}
     landed = {n: every[n].land_sum(total) if every and n in every else total for n, total in totals.items()}
     write = _replacement(tensors, params, {n: named[n] for n in shared}, shared) if named and shared else None
     _ = optimizer.step  # no count waits for a device any more: reading was the last that could fail
-    with InterruptsHeld():
-        if write is not None:
-            write()
-        for change in matching.changes:
-            change()
-        for successor in successors:
-            successor.adopt(frozenset(document.stateless) if strict and comparison.names is not None else None)
-        for member in optimizer._family():
-            member._begin_again(comparison.names or frozenset())
-        if isinstance(optimizer, Accumulate):
-            optimizer._resume(whole_round.micro_step if whole_round else 0, landed)
-    return differences
+    names = comparison.names
+    known = names if share is not None else frozenset(document.stateless)  # state may be with others
+
+    def adopt() -> None:
+        with InterruptsHeld():
+            if write is not None:
+                write()
+            for change in matching.changes:
+                change()
+            for successor in successors:
+                successor.adopt(known if strict and names is not None else None)
+            for member in optimizer._family():
+                member._begin_again(names or frozenset())
+            if isinstance(optimizer, Accumulate):
+                optimizer._resume(whole_round.micro_step if whole_round else 0, landed)
+
+    return Restoration(differences, adopt)
 
 
-def _named(tree: object, what: str) -> Mapping[str, Any] | None:
-    """The arrays of a tree by name; None for none."""
-    if tree is None:
-        return None
-    named = named_arrays(tree, what)
-    for name, array in named.items():
-        check_array(array, f"{what}[{name!r}]")
-    return named
+def _in_memory(wants: Sequence[Wants | None], states: Sequence[Mapping[str, Held]]) -> dict[str, WantInMemory]:
+    """The needs of the parameters that will have state."""
+    return {
+        name: want
+        for some, state in zip(wants, states, strict=True)
+        for name, want in (some or {}).items()
+        if name in state and isinstance(want, WantInMemory)
+    }
 
 
 class _Successor:
     """What an optimizer with a rule will have: what was read and, unless `strict`, what it has beside that."""
 
     def __init__(
-        self, rule: RuleMatch, state: Mapping[str, Held], tensors: Tensors, wants: Wants | None, *, strict: bool
+        self,
+        rule: RuleMatch,
+        state: Mapping[str, Held],
+        tensors: Tensors,
+        wants: Wants | None,
+        ranges: Mapping[str, Range] | None,
+        *,
+        strict: bool,
     ) -> None:
-        self._rule = rule
+        self._rule, self._cut = rule, ranges is not None
         self._steps = rule.leaf.steps | {name: held.steps for name, held in state.items()}
         self._entries = {} if strict else {n: slots for n, slots in rule.leaf.entries.items() if n not in state}
         for name, held in state.items():
-            self._entries[name] = {
-                slot: self._read(tensors, key, name, slot, wants) for slot, key in held.arrays.items()
-            }
-
-    @staticmethod
-    def _read(tensors: Tensors, key: str, name: str, slot: str, wants: Wants | None) -> Any:
-        """An array of the library of the parameter that wants it, or of none yet."""
-        stored = tensors.read(key)
-        return stored if wants is None else wants[name].land(slot, stored)
+            if ranges is None or name in ranges:
+                want, part = wants[name] if wants is not None else None, ranges[name] if ranges is not None else None
+                self._entries[name] = {
+                    slot: _landed(tensors, key, slot, want, part) for slot, key in held.arrays.items()
+                }
 
     def adopt(self, known: frozenset[str] | None) -> None:
         """Let the optimizer have it."""
         rule = self._rule
         rule.leaf.restore(rule.settings, self._entries, self._steps, rule.node.step, known)
+        rule.leaf.cut = self._cut
+
+
+def _landed(tensors: Tensors, key: str, slot: str, want: Want | None, part: Range | None) -> Any:
+    """An array of the library of the parameter that wants it, or of none yet; whole or, of a part, flat."""
+    if isinstance(want, WantInMemory) and part is not None and part != (0, want.memory.size):
+        return want.land_part(read_part(tensors, key, *want.part_of(slot, part)))
+    stored = read(tensors, key)
+    return stored if want is None else want.land(slot, stored)
 
 
 def _replacement(
@@ -119,7 +160,10 @@ def _replacement(
 
         def overwrite() -> None:
             for name, view in views.items():
-                view[...] = tensors.read(keys[name]).bits
+                if view.flags.c_contiguous and view.dtype == bits_dtype(tensors.shape(keys[name]).dtype):
+                    tensors.fetch(keys[name], view)
+                else:
+                    view[...] = read(tensors, keys[name]).bits
             library.wrote(list(named.values()))
 
         return overwrite
@@ -127,7 +171,7 @@ def _replacement(
     new: list[Any] = []
     for array, key in zip(named.values(), keys.values(), strict=True):
         dtype, shape = tensors.shape(key)
-        new.append(tensors.read(key).in_place_of(library, Form(shape, dtype, library.place_of(array))))
+        new.append(read(tensors, key).in_place_of(library, Form(shape, dtype, library.place_of(array))))
 
     def replace() -> None:
         for (container, name), array in zip(entries, new, strict=True):

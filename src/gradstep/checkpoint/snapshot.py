@@ -1,7 +1,7 @@
 """An optimizer as it is: a document of plain data, and the arrays that it has keys for."""
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import gradstep
@@ -27,7 +27,9 @@ from gradstep.multi import MultiOptimizer
 from gradstep.optimizer import Optimizer
 from gradstep.options import DEFAULTS
 from gradstep.rules.base import RuleOptimizer
-from gradstep.step.leaf import rule_arguments
+from gradstep.step.leaf import Leaf, rule_arguments
+from gradstep.tree import named_arrays
+from gradstep.wrapper import Wrapper
 
 SUM = "g.sum"
 DOCUMENT, TENSORS = "gradstep", "tensors"
@@ -40,27 +42,56 @@ class Snapshot(NamedTuple):
     arrays: dict[str, Any]
 
 
-def snapshot(optimizer: Optimizer, params: Mapping[str, Any]) -> Snapshot:
+State = Mapping[str, tuple[int, Mapping[str, Any]]]
+"""Steps and arrays of each parameter of one optimizer with a rule."""
+
+
+def snapshot(optimizer: Optimizer, params: Mapping[str, Any], states: Sequence[State] | None = None) -> Snapshot:
     """The optimizer and parameters by name; to be called while no other thread can step.
+
+    Arrays of `params` and `states` are anything with a shape and a dtype.
+
+    Args:
+        optimizer: the outermost one.
+        params: parameters by name.
+        states: for each optimizer with a rule, in order, where it has only a part of it. Default: its own.
 
     Raises:
         ArgumentTypeError: an optimizer of a class of its own.
+        ConfigurationError: an optimizer has a part of the state only, and there are no `states`.
     """
-    return _Recorder().document(optimizer, params)
+    return _Recorder(states).document(optimizer, params)
+
+
+def checked_arrays(tree: object, what: str) -> Mapping[str, Any]:
+    """The arrays of a tree by name.
+
+    Raises:
+        ArgumentTypeError: something is no array whose elements can be read.
+    """
+    named = named_arrays(tree, what)
+    for name, array in named.items():
+        check_array(array, f"{what}[{name!r}]")
+    return named
+
+
+def state_of(leaf: Leaf) -> State:
+    """What one optimizer has."""
+    steps = leaf.steps
+    return {name: (steps[name], arrays) for name, arrays in leaf.entries.items()}
 
 
 class _Recorder:
-    def __init__(self) -> None:
+    def __init__(self, states: Sequence[State] | None) -> None:
         self._arrays: dict[str, Any] = {}
         self._encoder = Encoder()
+        self._given, self._states = states, list[State]()
 
     def document(self, optimizer: Optimizer, params: Mapping[str, Any]) -> Snapshot:
         parameters = {name: self._key(name, array) for name, array in params.items()}
-        for name, array in params.items():
-            check_array(array, f"params[{name!r}]")
         node = self._node(optimizer)
         sums: Mapping[str, Any] = optimizer.sums if isinstance(optimizer, Accumulate) else {}
-        having_state = {name for leaf in optimizer._leaves() for name in leaf.names()}
+        having_state = {name for state in self._states for name in state}
         stateless = sorted({*optimizer._known_names, *params, *sums} - having_state)
         return Snapshot(Document(gradstep.__version__, node, parameters, tuple(stateless)), self._arrays)
 
@@ -84,7 +115,10 @@ class _Recorder:
             return MultiNode(optimizer.step, self._options(optimizer), tuple(zip(filters, children, strict=True)))
         if isinstance(optimizer, RuleOptimizer):
             return self._rule_node(optimizer)
-        optimizer._check_inside("a checkpoint")  # pyright: ignore[reportPrivateUsage]
+        if isinstance(optimizer, Wrapper):  # it leaves no trace: any number of processes may go on from here
+            if self._given is None:
+                optimizer._check_inside("a state dict")
+            return self._node(optimizer.optimizer)
         raise ArgumentTypeError(
             f"a checkpoint cannot hold a {type(optimizer).__name__}, a class of your own: write it as a rule, @gs.rule"
         )
@@ -96,15 +130,15 @@ class _Recorder:
 
     def _rule_node(self, optimizer: RuleOptimizer) -> RuleNode:
         (leaf,), family = optimizer._leaves(), type(optimizer)
-        if leaf.cut:
+        if leaf.cut and self._given is None:
             raise ConfigurationError(
-                f"{optimizer!r} holds this rank's parts of the state of a Sharded optimizer, which cannot be saved; "
-                "parameters are whole on every rank, and can be saved on rank 0"
+                f"{optimizer!r} holds this rank's parts of the state of a Sharded optimizer; save that one"
             )
-        steps = leaf.steps
+        whole = state_of(leaf) if self._given is None else self._given[len(self._states)]
+        self._states.append(whole)
         state = {
-            name: Held(steps[name], {array: self._key(f"{name}.{array}", slots[array]) for array in slots})
-            for name, slots in leaf.entries.items()
+            name: Held(steps, {array: self._key(f"{name}.{array}", arrays[array]) for array in arrays})
+            for name, (steps, arrays) in whole.items()
         }
         encode = self._encoder.encode
         return RuleNode(

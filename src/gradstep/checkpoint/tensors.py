@@ -1,10 +1,12 @@
-"""Where the tensors of a checkpoint come from: a file, or a state dict."""
+"""Where the tensors of a checkpoint come from: a file, or a state dict. `sharded_file` has those of several files."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from gradstep.arrays.stored import Stored, copy_of, dtype_of
-from gradstep.checkpoint.container import Container
+from gradstep.arrays.stored import Bits, Stored, bits_of, dtype_of, empty_bits
+from gradstep.checkpoint.container import Container, itemsize
 from gradstep.errors import CheckpointError
 
 
@@ -17,6 +19,16 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return f"{self.dtype} {self.shape}"
 
+    @property
+    def size(self) -> int:
+        """How many elements there are."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes they take."""
+        return self.size * itemsize(self.dtype)
+
 
 class Tensors(Protocol):
     """The tensors of a checkpoint, by key."""
@@ -27,8 +39,12 @@ class Tensors(Protocol):
         """What a tensor is like."""
         ...
 
-    def read(self, key: str) -> Stored:
-        """A new array with its elements; `CheckpointError` if they are not what was saved."""
+    def fetch(self, key: str, room: Bits, first: int = 0) -> None:
+        """Fill `room` with elements from number `first` on, in C order.
+
+        Raises:
+            CheckpointError: they are not what was saved, or others in the same file and tensor are not.
+        """
         ...
 
     def verify(self, key: str) -> None:
@@ -36,31 +52,77 @@ class Tensors(Protocol):
         ...
 
 
+class SavedTensors(Tensors, Protocol):
+    """The same in one file or several, of `size` bytes together."""
+
+    path: Path
+    size: int
+    shards: int
+    """How many files there are beside the one that was named."""
+
+    def all_keys(self) -> Collection[str]:
+        """All keys."""
+        ...
+
+    def digests(self, key: str) -> object:
+        """What is equal only where a tensor's bytes are."""
+        ...
+
+    def is_whole(self, key: str) -> bool:
+        """Whether a tensor's bytes are those that were saved."""
+        ...
+
+
+def read(tensors: Tensors, key: str) -> Stored:
+    """A tensor as a new array."""
+    dtype, shape = tensors.shape(key)
+    bits = empty_bits(shape, dtype)
+    tensors.fetch(key, bits)
+    return Stored(bits, dtype)
+
+
+def read_part(tensors: Tensors, key: str, first: int, stop: int) -> Stored:
+    """Elements `first` to `stop` of a tensor in C order, as a new flat array."""
+    dtype = tensors.shape(key).dtype
+    bits = empty_bits((stop - first,), dtype)
+    tensors.fetch(key, bits, first)
+    return Stored(bits, dtype)
+
+
 class FileTensors:
     """The tensors of a file, verified by their hashes whenever they are read."""
 
+    shards = 0
+
     def __init__(self, container: Container, hashes: Mapping[str, str]) -> None:
-        self.name = str(container.path)
+        self.path, self.size, self.name = container.path, container.size, str(container.path)
         self._container, self._hashes = container, hashes
+
+    def all_keys(self) -> Collection[str]:
+        """See `SavedTensors.all_keys`."""
+        return self._hashes.keys()
+
+    def digests(self, key: str) -> object:
+        """See `SavedTensors.digests`."""
+        return self._hashes[key]
 
     def shape(self, key: str) -> Shape:
         """See `Tensors.shape`."""
         extent = self._container.tensors[key]
         return Shape(extent.dtype, extent.shape)
 
-    def read(self, key: str) -> Stored:
-        """See `Tensors.read`."""
-        bits, digest = self._container.read(key)
-        self._check(key, digest)
-        return Stored(bits, self.shape(key).dtype)
+    def fetch(self, key: str, room: Bits, first: int = 0) -> None:
+        """See `Tensors.fetch`."""
+        if self._container.fetch(key, room, first) != self._hashes[key]:
+            raise self._container.damaged(f"the bytes of tensor {key!r} are not those that were saved")
+
+    def is_whole(self, key: str) -> bool:
+        """See `SavedTensors.is_whole`."""
+        return self._container.fetch(key, empty_bits((0,), self.shape(key).dtype)) == self._hashes[key]
 
     def verify(self, key: str) -> None:
         """See `Tensors.verify`."""
-        self._check(key, self._container.digest(key))
-
-    def _check(self, key: str, digest: str) -> None:
-        if digest != self._hashes[key]:
-            raise self._container.damaged(f"the bytes of tensor {key!r} are not those that were saved")
+        self.fetch(key, empty_bits((0,), self.shape(key).dtype))
 
 
 class HeldTensors:
@@ -81,9 +143,10 @@ class HeldTensors:
             raise CheckpointError(f"the state dict's {key!r} is no array, but a {type(array).__name__}")
         return Shape(dtype_of(array), tuple(array.shape))
 
-    def read(self, key: str) -> Stored:
-        """See `Tensors.read`."""
-        return copy_of(self._arrays[key], f"the state dict's {key!r}")
+    def fetch(self, key: str, room: Bits, first: int = 0) -> None:
+        """See `Tensors.fetch`."""
+        bits = bits_of(self._arrays[key], f"the state dict's {key!r}")
+        room.reshape(-1)[...] = bits.reshape(-1)[first : first + room.size].view(room.dtype)
 
     def verify(self, key: str) -> None:
         """See `Tensors.verify`."""

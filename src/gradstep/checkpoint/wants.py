@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradstep.arrays.library import Form, FunctionalLibrary, Library, MemoryLibrary, recognise
-from gradstep.arrays.memory import axis_order
+from gradstep.arrays.memory import Memory, axis_order
 from gradstep.arrays.stored import Stored, dtype_of
 from gradstep.checkpoint.matching import RuleMatch
 from gradstep.checkpoint.tensors import Shape
 from gradstep.optimizer import Optimizer
 from gradstep.options import thawed
-from gradstep.program.formats import FLOATS, compute_dtype
+from gradstep.program.formats import FLOATS, QUANTUM, compute_dtype
 from gradstep.program.graph import Kind
+from gradstep.program.program import Program
 from gradstep.step.forms import describe_floats
 from gradstep.step.match import check_parameter, walking_order
 from gradstep.step.storage import Part, parts_of
@@ -21,22 +22,32 @@ from gradstep.step.storage import Part, parts_of
 
 @dataclass(frozen=True)
 class WantInMemory:
-    """The needs of a parameter in memory: its arrays, and the orders of axes of the state and of a sum."""
+    """The needs of a parameter in memory: its arrays, and the order of axes of those that have its shape."""
 
     library: MemoryLibrary
+    memory: Memory
+    program: Program
     parts: Mapping[str, Part]
     walked: Sequence[int]
     sum_shape: Shape
-    sum_order: Sequence[int]
 
     def land(self, slot: str, stored: Stored) -> Any:
         """A loaded array of its state as one of the library."""
         part = self.parts[slot]
         return stored.in_memory(self.library, self.walked if part.kind is Kind.FULL else range(len(part.shape)))
 
+    def part_of(self, slot: str, elements: tuple[int, int]) -> tuple[int, int]:
+        """Where a part of the parameter lies in an array of its state."""
+        start, stop = elements
+        return elements if self.parts[slot].kind is Kind.FULL else (start // QUANTUM, -(-stop // QUANTUM))
+
+    def land_part(self, stored: Stored) -> Any:
+        """Elements of an array of its state, flat, as an array of the library."""
+        return stored.in_memory(self.library, range(1))
+
     def land_sum(self, stored: Stored) -> Any:
         """A loaded sum as an array of the library."""
-        return stored.in_memory(self.library, self.sum_order)
+        return stored.in_memory(self.library, axis_order(self.memory))
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,6 @@ def _want(library: Library, rule: RuleMatch, name: str, parameter: Any) -> Want:
     parts = {part.name: part for part in parts_of(program, formats, form.shape)}
     total = Shape(compute_dtype(form.dtype), form.shape)
     if library.in_place is True and memory is not None:
-        return WantInMemory(library, parts, walking_order(memory, program, formats), total, axis_order(memory))
+        return WantInMemory(library, memory, program, parts, walking_order(memory, program, formats), total)
     assert library.in_place is False
     return WantAnew(library, parts, library.place_of(parameter), total)

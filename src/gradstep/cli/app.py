@@ -47,7 +47,8 @@ def gradstep_command(
 @app.command()
 def inspect(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A checkpoint, as opt.save writes it.", show_default=False)
+        Path,
+        typer.Argument(metavar="FILE", help="A checkpoint, as opt.save writes it, or its index.", show_default=False),
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every byte and check every SHA-256; exit with 1 if any is wrong.")
@@ -84,6 +85,29 @@ def diff(
     from gradstep.cli.checkpoint.diffing import run_diff
 
     raise typer.Exit(run_diff(a, b, as_json=as_json, everything=everything))
+
+
+@app.command()
+def merge(
+    index: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INDEX", help="A checkpoint that a Sharded optimizer has saved; its shards lie beside it."
+        ),
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to be written; it must not exist.")],
+) -> None:
+    """Make one file of a checkpoint that several processes have saved.
+
+    One tensor at a time is in memory, and every byte is checked by its SHA-256. Loading needs no merging: opt.load and
+    gs.load read both forms.
+
+    Exit codes: 0; 2 if the checkpoint cannot be read or the file not be written.
+    """
+    require("gradstep merge", "cli", "rich")
+    from gradstep.cli.checkpoint.merging import run_merge
+
+    raise typer.Exit(run_merge(index, file))
 
 
 @app.command()

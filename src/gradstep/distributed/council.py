@@ -9,14 +9,15 @@ import numpy as np
 
 from gradstep import errors
 from gradstep.distributed.group import Array, Group
-from gradstep.errors import CommunicationError, ConfigurationError, GradstepError
+from gradstep.errors import CommunicationError, ConfigurationError, GradstepError, MismatchError
 
 Facts = Mapping[str, str]
 Result = TypeVar("Result")
 
 DONE, FAILED = 0, 1
 PLAIN = (
-    ArithmeticError, AttributeError, FloatingPointError, IndexError, MemoryError, NotImplementedError, OverflowError,
+    ArithmeticError, AttributeError, FileExistsError, FileNotFoundError, FloatingPointError, IndexError,
+    IsADirectoryError, MemoryError, NotADirectoryError, NotImplementedError, OSError, OverflowError, PermissionError,
     RuntimeError, TypeError, ValueError, ZeroDivisionError,
 )  # fmt: skip
 """Errors of Python that a text makes again."""
@@ -92,6 +93,8 @@ class Council:
         messages = self._group.gather_messages(text)
         if own is not None and not isinstance(own, Exception):
             raise own  # Ctrl-C, or the end of the process
+        if isinstance(own, MismatchError) and len(set(messages)) == 1:
+            raise own  # the same everywhere, and it has more than its text
         failed = np.flatnonzero(rows[:, 0] == FAILED).tolist()
         name, told = json.loads(messages[failed[0]])
         kind = _kind(name)

@@ -64,6 +64,10 @@ class Partition:
     def __getitem__(self, name: str) -> list[Portion]:
         return self._portions[name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter."""
+        return self._shapes[name]
+
     def extended(self, extents: Mapping[str, Extent]) -> "Partition":
         """This one, and the parameters among these that it does not have.
 

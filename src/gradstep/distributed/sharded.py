@@ -1,20 +1,31 @@
 """An optimizer whose state is spread over several processes."""
 
+import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
-from gradstep.arrays.library import FunctionalLibrary, MemoryLibrary, recognise
+from gradstep.arrays.library import MemoryLibrary, recognise
 from gradstep.distributed.council import Council, Facts, Said, word_of
 from gradstep.distributed.group import Array, Group, group_of
 from gradstep.distributed.partition import Partition
-from gradstep.distributed.sharded_step import Routes, ShardedPlan, exchange_bytes, extents_of, portion_of, values_of
+from gradstep.distributed.sharded_step import (
+    Routes,
+    ShardedPlan,
+    exchange_bytes,
+    extents_of,
+    portion_of,
+    unsharded,
+    values_of,
+)
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Kept, Optimizer, PlanKey, StepArguments, nonfinite_error, pick
 from gradstep.options import Policy, thawed
+from gradstep.persistence import Loading
 from gradstep.step.bill import MemoryBill, bill
 from gradstep.step.inspection import Inspection
 from gradstep.step.intake import PLAIN, SCALED, Intake
@@ -22,6 +33,14 @@ from gradstep.step.overlap import refuse_overlap
 from gradstep.step.scalars import Scales
 from gradstep.tree import named_arrays
 from gradstep.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from contextlib import AbstractContextManager
+
+    from gradstep.checkpoint.differences import Difference
+    from gradstep.checkpoint.nodes import Document
+    from gradstep.checkpoint.tensors import Tensors
 
 Params = TypeVar("Params")
 
@@ -66,6 +85,10 @@ class Sharded(Wrapper):
     Everything else is the wrapped optimizer's: hyperparameters, options, counters and `report`. `state` holds this
     rank's parts, flat where a tensor was cut, and `steps` their counts.
 
+    All call `save` and `load` together, with the same name of a file in a folder that they share. Each writes its
+    parts into `name.shards/`, then rank 0 the index. Any number of ranks, or a plain optimizer, goes on from it; `load`
+    needs `params`, or `like`.
+
     Args:
         optimizer: whose steps are taken, a `MultiOptimizer` too.
         group: a process group of `torch.distributed` with gloo, or a communicator of mpi4py.
@@ -90,11 +113,19 @@ class Sharded(Wrapper):
     Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054
     """
 
-    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {"_group", "_council", "_partition", "_planned_step", "_begun"}
+    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {
+        "_group",
+        "_council",
+        "_partition",
+        "_planned_step",
+        "_begun",
+        "_compared",
+    }
     _group: Group
     _council: Council
     _partition: Partition
     _planned_step: Planned | None
+    _compared: bool  # whether the values of parameters have been, with other ranks'
     _begun: int  # how often `init` has been called, which all ranks should do together
 
     def __init__(self, optimizer: Optimizer, group: object, *, timeout: float | None = None) -> None:
@@ -108,7 +139,7 @@ class Sharded(Wrapper):
             )
         self._inner, self._group = optimizer, group_of(group, timeout)
         self._council, self._partition = Council(self._group), Partition(self._group.size)
-        self._planned_step, self._begun = None, 0
+        self._planned_step, self._compared, self._begun = None, False, 0
         self._register()
 
     @property
@@ -122,8 +153,11 @@ class Sharded(Wrapper):
                 f"{self!r} cannot be one of several optimizers; wrap the MultiOptimizer instead: "
                 "Sharded(MultiOptimizer([…]), group)"
             )
-        if outer == "a checkpoint":
-            self._refuse("save")
+        if outer == "a state dict":
+            raise ConfigurationError(
+                f"the state of {self!r} is spread over {self._group.size} processes: no one of them has a state dict; "
+                "save it into a file with all ranks: opt.save(path, params)"
+            )
         if outer == "Sharded":
             raise ConfigurationError(f"{self!r} is sharded already")
 
@@ -170,7 +204,7 @@ class Sharded(Wrapper):
 
         with InterruptsHeld():  # a rank that leaves a step leaves the others waiting
             here = self._council.attempt(brought, said)
-            self._partition, self._planned_step = here.planned.partition, here.planned
+            self._partition, self._planned_step, self._compared = here.planned.partition, here.planned, True
             self._run(here)
 
     def _together(self, body: Callable[[], Callable[[], None]], word: str) -> None:
@@ -218,7 +252,7 @@ class Sharded(Wrapper):
         wanted = {name: wanted[name] for name in chosen}
         library = recognise(params=chosen, grads=wanted)
         if library.in_place is False:
-            raise _unsharded(library)
+            raise unsharded(library)
         intake.check(library, chosen)
         others = {name: array for name, array in named.items() if name not in chosen}
         kept = Kept(library, others, refuse_overlap(library, chosen, others))
@@ -233,10 +267,10 @@ class Sharded(Wrapper):
         return {**options, "how often init was called": repr(self._begun), "opt.step": repr(self.step)}
 
     def _begin(self, planned: Planned, named: Mapping[str, Any]) -> Facts:
-        """The values of parameters that have not come before; of all others too, at the first step."""
-        if planned.partition is self._partition:
+        """The values of parameters that have not come before; at the first step and after loading of all others."""
+        if planned.partition is self._partition and self._compared:
             return {}
-        if not self._partition.is_empty:
+        if self._compared:
             named = {name: named[name] for name in planned.plan.names if name not in self._partition}
         return values_of(planned.plan.library, named)
 
@@ -254,7 +288,7 @@ class Sharded(Wrapper):
     def _init(self, params: object) -> None:
         self._share_out(params, Partition(self._group.size))  # which checks them
         self._inner._init({})
-        self._partition, self._planned_step = Partition(self._group.size), None
+        self._partition, self._planned_step, self._compared = Partition(self._group.size), None, False
         self._begun += 1
 
     def _share_out(
@@ -265,7 +299,7 @@ class Sharded(Wrapper):
         named = thawed(named_arrays(params, "params"), self._frozen)
         library = recognise(params=named)
         if library.in_place is False:
-            raise _unsharded(library)
+            raise unsharded(library)
         routes = self._inner._assign(named, remember=False)
         return library, named, routes, partition.extended(extents_of(library, routes, named))
 
@@ -285,37 +319,54 @@ class Sharded(Wrapper):
 
     # Checkpoints
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise ConfigurationError(
-            f"{what} is not for a Sharded optimizer, whose state is spread over {self._group.size} processes; "
-            "parameters are whole on every rank, and can be saved on rank 0"
-        )
+    def _save_as(self, whole: Optimizer, path: str | os.PathLike[str], params: object, keep: int | None) -> None:
+        from gradstep.distributed import checkpoints
 
-    def save(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises `ConfigurationError`: there are no checkpoints of what is spread over processes."""
-        self._refuse("save")
+        def body() -> None:
+            with InterruptsHeld():
+                checkpoints.save(whole, path, params, keep, self._group, self._council, self._partition)
 
-    def load(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises `ConfigurationError`, like `save`."""
-        self._refuse("load")
+        whole._exclusively(body)
 
-    def state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises `ConfigurationError`, like `save`."""
-        self._refuse("state_dict")
+    def _load_as(
+        self, whole: Optimizer, path: str | os.PathLike[str], loading: Loading, stacklevel: int
+    ) -> "list[Difference]":
+        from gradstep.checkpoint import checkpoint_file
 
-    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises `ConfigurationError`, like `save`."""
-        self._refuse("load_state_dict")
+        @contextlib.contextmanager
+        def opened() -> "Generator[tuple[Document, Tensors]]":
+            with checkpoint_file.opened(path) as file:
+                yield file.document, file.tensors
+
+        return self._load_from(whole, opened, loading)
+
+    def _load_state_as(self, whole: Optimizer, state_dict: Mapping[str, Any], loading: Loading) -> "list[Difference]":
+        from gradstep.checkpoint import snapshot
+
+        return self._load_from(whole, lambda: contextlib.nullcontext(snapshot.from_state_dict(state_dict)), loading)
+
+    def _load_from(
+        self,
+        whole: Optimizer,
+        opened: "Callable[[], AbstractContextManager[tuple[Document, Tensors]]]",
+        loading: Loading,
+    ) -> "list[Difference]":
+        from gradstep.distributed import checkpoints
+
+        def body() -> "list[Difference]":
+            with InterruptsHeld():
+                differences, self._partition = checkpoints.load(
+                    whole, opened, loading, self._group, self._council, self._partition
+                )
+                self._planned_step, self._compared = None, False
+            return differences
+
+        return whole._exclusively(body)
 
     def _snapshot(self, memo: dict[int, Any]) -> NoReturn:
-        self._refuse("copying")
+        raise ConfigurationError(
+            f"{self!r} cannot be copied, as its group cannot; make another one, and load what this one has saved"
+        )
 
     def __repr__(self) -> str:
         return f"Sharded({self._inner!r}, rank {self._group.rank} of {self._group.size} by {self._group.name})"
-
-
-def _unsharded(library: FunctionalLibrary) -> ArgumentTypeError:
-    return ArgumentTypeError(
-        f"Sharded steps arrays of NumPy and PyTorch, not of {library.name}, whose arrays never change; "
-        "shard these with the library's own means"
-    )

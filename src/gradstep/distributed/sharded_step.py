@@ -7,14 +7,14 @@ from typing import Any, cast
 import numpy as np
 
 import gradstep
-from gradstep.arrays.library import OTHER, STAYED, MemoryLibrary, owner
+from gradstep.arrays.library import OTHER, STAYED, FunctionalLibrary, MemoryLibrary, owner
 from gradstep.arrays.memory import Memory, element_strides, strides_in_order
 from gradstep.distributed.council import Facts, word_of
 from gradstep.distributed.exchange import BUCKET, Averaging, Spreading
 from gradstep.distributed.group import Array, Group
 from gradstep.distributed.norm import SharedNorm
 from gradstep.distributed.partition import Extent, Partition, Portion
-from gradstep.errors import CommunicationError
+from gradstep.errors import ArgumentTypeError, CommunicationError
 from gradstep.program.arithmetic import IeeeArithmetic
 from gradstep.program.formats import BYTES, compute_dtype
 from gradstep.program.graph import Reading
@@ -32,13 +32,14 @@ Routes = Sequence[tuple[Leaf, list[str]]]
 def extents_of(library: MemoryLibrary, routes: Routes, params: Mapping[str, Any]) -> dict[str, Extent]:
     """How each parameter may be shared out: by its elements, or as a whole."""
     return {
-        name: _extent(leaf.program(name, params[name].ndim), check_parameter(library, name, params[name]))
+        name: extent_of(leaf.program(name, params[name].ndim), check_parameter(library, name, params[name]))
         for leaf, names in routes
         for name in names
     }
 
 
-def _extent(program: Program, memory: Memory) -> Extent:
+def extent_of(program: Program, memory: Memory) -> Extent:
+    """The same for one parameter with this program."""
     alone = not (program.ordered or program.factored or program.scalars.dimensions)
     if alone and _is_plain(memory):
         return Extent(memory.shape, divisible=True, cost=0)
@@ -69,6 +70,14 @@ def portion_of(library: MemoryLibrary, array: Any, portion: Portion) -> Any:
     bits = library.as_numpy(array)
     assert bits.flags.c_contiguous, "a kernel would write to a copy"
     return library.from_bits(bits.reshape(-1)[portion.start : portion.stop], memory.dtype)
+
+
+def unsharded(library: FunctionalLibrary) -> ArgumentTypeError:
+    """The error for arrays that cannot be spread."""
+    return ArgumentTypeError(
+        f"Sharded steps arrays of NumPy and PyTorch, not of {library.name}, whose arrays never change; "
+        "shard these with the library's own means"
+    )
 
 
 def exchange_bytes(library: MemoryLibrary, own: Mapping[str, Any], params: Mapping[str, Any]) -> int:

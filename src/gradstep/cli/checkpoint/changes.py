@@ -75,7 +75,8 @@ def compare(a: Contents, b: Contents) -> Comparison:
 
 def unequal(pairs: Iterable[Pair], a: CheckpointFile, b: CheckpointFile) -> list[Pair]:
     """The pairs whose bytes are not the same, by their hashes."""
-    return [p for p in pairs if a.hashes[p.a.key] != b.hashes[p.b.key] or p.a.shape.dtype != p.b.shape.dtype]
+    digests = ((pair, a.tensors.digests(pair.a.key), b.tensors.digests(pair.b.key)) for pair in pairs)
+    return [pair for pair, one, other in digests if one != other or pair.a.shape.dtype != pair.b.shape.dtype]
 
 
 def _compare_parts(changes: list[Change], a: Part, b: Part) -> None:

@@ -61,6 +61,7 @@ class Contents:
 
     path: Path
     size: int
+    shards: int
     version: str
     tree: Part
     parameters: tuple[Parameter, ...]
@@ -84,7 +85,8 @@ class Total:
 def contents_of(file: CheckpointFile) -> Contents:
     """What an open file holds."""
     tree = part_of(file.document.optimizer)
-    return Contents(file.container.path, file.container.size, file.document.version, tree, tuple(_parameters(file)))
+    tensors, parameters = file.tensors, tuple(_parameters(file))
+    return Contents(tensors.path, tensors.size, tensors.shards, file.document.version, tree, parameters)
 
 
 def part_of(node: Node, where: str = "opt") -> Part:
@@ -153,5 +155,5 @@ def _parameters(file: CheckpointFile) -> Iterator[Parameter]:
 
 
 def _array(file: CheckpointFile, role: Role, label: str, key: str) -> Array:
-    extent = file.container.tensors[key]
-    return Array(role, label, key, Shape(extent.dtype, extent.shape), extent.end - extent.begin)
+    shape = file.tensors.shape(key)
+    return Array(role, label, key, shape, shape.bytes)

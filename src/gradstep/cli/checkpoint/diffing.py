@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gradstep.checkpoint.checkpoint_file import CheckpointFile
+from gradstep.checkpoint.tensors import read
 from gradstep.cli.checkpoint import plain
 from gradstep.cli.checkpoint.changes import Difference, Pair, compare, unequal
 from gradstep.cli.checkpoint.contents import contents_of
@@ -36,6 +37,6 @@ def _measured(pairs: list[Pair], a: CheckpointFile, b: CheckpointFile) -> list[t
     measured: list[tuple[Pair, Measure]] = []
     with Reading("comparing", sum(pair.a.bytes + pair.b.bytes for pair in pairs)) as reading:
         for pair in pairs:
-            measured.append((pair, measure(a.tensors.read(pair.a.key), b.tensors.read(pair.b.key))))
+            measured.append((pair, measure(read(a.tensors, pair.a.key), read(b.tensors, pair.b.key))))
             reading.advance(pair.a.bytes + pair.b.bytes)
     return measured

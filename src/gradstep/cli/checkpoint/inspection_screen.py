@@ -38,7 +38,10 @@ def show(contents: Contents, screen: Console, *, everything: bool, repeated: boo
     """
     drawing = _Drawing(max(FEWEST_POINTS, min(POINTS, screen.width - BESIDE)), screen.options.ascii_only)
     screen.print(Text(printable(str(contents.path)), "bold"), soft_wrap=True)
-    screen.print(f"{_bytes(contents.size)}, written by gradstep {printable(contents.version)}, format {FORMAT}\n")
+    files = f" in {_count(contents.shards, 'shard')} and this index" if contents.shards else ""
+    screen.print(
+        f"{bytes_and_count(contents.size)}{files}, written by gradstep {printable(contents.version)}, format {FORMAT}\n"
+    )
     screen.print(_tree(contents.tree, drawing))
     screen.print()
     if not contents.parameters:
@@ -53,7 +56,7 @@ def show(contents: Contents, screen: Console, *, everything: bool, repeated: boo
 
 def show_verification(verification: Verification, screen: Console) -> None:
     """What was checked, and what is damaged."""
-    what = f"{_count(verification.tensors, 'tensor')}, {_bytes(verification.bytes)}"
+    what = f"{_count(verification.tensors, 'tensor')}, {bytes_and_count(verification.bytes)}"
     if not verification.damaged:
         screen.print(Text(f"\nVerified: the header and {what}, each by its SHA-256.", "green"))
         return
@@ -67,7 +70,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _bytes(count: int) -> str:
+def bytes_and_count(count: int) -> str:
+    """A number of bytes, rounded and in full."""
     return f"{bytes_text(count)} ({count:,} bytes)" if count >= 1000 else _count(count, "byte")
 
 

@@ -17,12 +17,19 @@ def opened(path: Path) -> Generator[CheckpointFile]:
     Raises:
         Complaint: the file is damaged, no checkpoint, or cannot be read, now or while it is open.
     """
-    try:
+    with complaining(path):
         if path.is_dir():
             raise Complaint(f"{path} is a folder; name a checkpoint in it")
         with checkpoint_file.opened(path) as file:
             yield file
+
+
+@contextlib.contextmanager
+def complaining(path: Path, doing: str = "read") -> Generator[None]:
+    """Turn what is wrong with files into a complaint."""
+    try:
+        yield
     except CheckpointError as error:
         raise Complaint(str(error)) from None
     except OSError as error:
-        raise Complaint(f"{path} cannot be read: {error.strerror or error}") from None
+        raise Complaint(f"{error.filename or path} cannot be {doing}: {error.strerror or error}") from None

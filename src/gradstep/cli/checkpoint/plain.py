@@ -18,6 +18,7 @@ def inspection(contents: Contents, verification: Verification | None) -> dict[st
     found: dict[str, Any] = {
         "file": str(contents.path),
         "bytes": contents.size,
+        "shards": contents.shards,
         "gradstep": contents.version,
         "format": FORMAT,
         "optimizer": _part(contents.tree),

@@ -1,0 +1,209 @@
+"""A checkpoint in several files: an index, which has no tensors, and shards with pieces of them.
+
+Each shard is a safetensors file of its own. The index says which elements of which tensor lie in which shard, with the
+SHA-256 of every piece: a set of files is one checkpoint from the moment on at which its index has its name.
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self, cast
+
+from gradstep.arrays.stored import Bits, empty_bits
+from gradstep.checkpoint.container import CODES, DTYPES, Container
+from gradstep.checkpoint.nodes import Entry, read_all, read_text
+from gradstep.checkpoint.tensors import Shape
+from gradstep.errors import CheckpointError
+
+INDEX = "gradstep.index"
+PART = "gradstep.shard"
+OPEN_AT_ONCE = 32  # shards
+
+
+class Piece(NamedTuple):
+    """Elements `start` to `stop` of a tensor, in C order, which lie in a shard under the tensor's key."""
+
+    shard: int
+    start: int
+    stop: int
+    sha256: str
+
+
+class Spread(NamedTuple):
+    """A tensor in pieces, in their order."""
+
+    shape: Shape
+    pieces: Sequence[Piece]
+
+
+class Shard(NamedTuple):
+    """A file: its path from the index's folder on, with `/`, and its size in bytes."""
+
+    path: str
+    size: int
+
+
+class Index(NamedTuple):
+    """The shards, and the tensors by key."""
+
+    shards: Sequence[Shard]
+    tensors: Mapping[str, Spread]
+
+    def to_json(self) -> str:
+        """Text that `index_from_json` reads."""
+        tensors = {
+            key: [CODES[shape.dtype], list(shape.shape), [list(piece) for piece in pieces]]
+            for key, (shape, pieces) in self.tensors.items()
+        }
+        shards = [list(shard) for shard in self.shards]
+        return json.dumps({"shards": shards, "tensors": tensors}, separators=(",", ":"))
+
+
+def index_from_json(data: Mapping[str, Any]) -> Index:
+    """The index that plain data describe.
+
+    Raises:
+        CheckpointError: they describe none, or pieces do not make up their tensors.
+    """
+    entry = Entry("the index", data)
+    shards = entry.sequence("shards", _shard)
+    tensors = entry.mapping("tensors", _spread)
+    for key, (_, pieces) in tensors.items():
+        if any(piece.shard >= len(shards) for piece in pieces):
+            raise CheckpointError(f"the index names {len(shards)} shards, but has pieces of tensor {key!r} in others")
+    return Index(shards, tensors)
+
+
+def _shard(what: str, data: object) -> Shard:
+    path, size = _row(what, data, 2)
+    return Shard(read_text(what, path), _number(what, size))
+
+
+def _spread(what: str, data: object) -> Spread:
+    code, sizes, pieces = _row(what, data, 3)
+    if not isinstance(code, str) or code not in DTYPES:
+        raise CheckpointError(f"{what} has the unknown dtype {code!r}")
+    shape = Shape(DTYPES[code], tuple(read_all(what, sizes, _number)))
+    found = read_all(what, pieces, _piece)
+    ends = [0, *(piece.stop for piece in found)]
+    if [piece.start for piece in found] != ends[:-1] or ends[-1] != shape.size or not found:
+        raise CheckpointError(f"{what} has pieces that do not make up its {shape.size} elements")
+    return Spread(shape, found)
+
+
+def _piece(what: str, data: object) -> Piece:
+    shard, start, stop, digest = _row(what, data, 4)
+    piece = Piece(_number(what, shard), _number(what, start), _number(what, stop), read_text(what, digest))
+    if piece.start > piece.stop:
+        raise CheckpointError(f"{what} ends before it begins")
+    return piece
+
+
+def _row(what: str, data: object, length: int) -> list[Any]:
+    if not isinstance(data, list) or len(cast("list[Any]", data)) != length:
+        raise CheckpointError(f"{what} must be a list of {length}")
+    return cast("list[Any]", data)
+
+
+def _number(what: str, value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise CheckpointError(f"{what} must hold numbers of elements or bytes, got {value!r}")
+    return value
+
+
+class ShardTensors:
+    """The tensors of all shards, verified piece by piece whenever they are read. Shards are opened when needed.
+
+    Args:
+        path: of the index.
+        size: of the index, in bytes.
+        index: what it says.
+    """
+
+    def __init__(self, path: Path, size: int, index: Index) -> None:
+        self.path, self.name, self.shards = path, str(path), len(index.shards)
+        self.size = size + sum(shard.size for shard in index.shards)
+        self.index, self._open = index, dict[int, Container]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.ExitStack() as stack:
+            for container in self._open.values():
+                stack.enter_context(container)
+        self._open.clear()
+
+    def all_keys(self) -> Collection[str]:
+        """See `SavedTensors.all_keys`."""
+        return self.index.tensors.keys()
+
+    def digests(self, key: str) -> object:
+        """See `SavedTensors.digests`. Tensors that were cut at other places differ in theirs, whatever their bytes."""
+        pieces = self.index.tensors[key].pieces
+        return pieces[0].sha256 if len(pieces) == 1 else [piece[1:] for piece in pieces]
+
+    def shape(self, key: str) -> Shape:
+        """See `Tensors.shape`."""
+        return self.index.tensors[key].shape
+
+    def fetch(self, key: str, room: Bits, first: int = 0) -> None:
+        """See `Tensors.fetch`. Of a piece of which anything is wanted the rest is read too, through a small buffer."""
+        flat = room.reshape(-1)
+        for piece in self.index.tensors[key].pieces:
+            start, stop = max(piece.start, first), min(piece.stop, first + flat.size)
+            if start < stop:
+                self._fetch(key, piece, flat[start - first : stop - first], start - piece.start)
+
+    def is_whole(self, key: str) -> bool:
+        """See `SavedTensors.is_whole`."""
+        shape, pieces = self.index.tensors[key]
+        return all(self._agrees(key, piece, empty_bits((0,), shape.dtype), 0) for piece in pieces)
+
+    def verify(self, key: str) -> None:
+        """See `Tensors.verify`."""
+        shape, pieces = self.index.tensors[key]
+        for piece in pieces:
+            self._fetch(key, piece, empty_bits((0,), shape.dtype), 0)
+
+    def _fetch(self, key: str, piece: Piece, room: Bits, first: int) -> None:
+        if not self._agrees(key, piece, room, first):
+            what = f"the bytes of its piece of tensor {key!r} are not those that were saved"
+            raise self._container(piece.shard).damaged(what)
+
+    def _agrees(self, key: str, piece: Piece, room: Bits, first: int) -> bool:
+        """Fill `room`; whether the piece is what was saved."""
+        container, dtype = self._container(piece.shard), self.index.tensors[key].shape.dtype
+        extent = container.tensors.get(key)
+        if extent is None or (extent.dtype, Shape(*extent[:2]).size) != (dtype, piece.stop - piece.start):
+            raise container.damaged(f"it does not hold the piece of tensor {key!r} that {self.path.name} says")
+        return container.fetch(key, room, first) == piece.sha256
+
+    def _container(self, number: int) -> Container:
+        if number in self._open:
+            return self._open[number]
+        shard = self.index.shards[number]
+        path = Path(shard_path(self.path, shard.path))
+        try:
+            container = Container(path)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{self.path} is the index of a checkpoint of {self.shards} files, and {path} is missing; an index and "
+                "its folder of shards belong together: copy or move both"
+            ) from None
+        for last in itertools.islice(list(self._open), max(len(self._open) - OPEN_AT_ONCE + 1, 0)):
+            self._open.pop(last).__exit__()
+        self._open[number] = container
+        if container.size != shard.size:
+            raise container.damaged(f"it has {container.size:,} bytes; {self.path.name} says {shard.size:,}")
+        return container
+
+
+def shard_path(index: Path, path: str) -> Path:
+    """Where a shard lies; beside the index itself where its name is a link to it."""
+    parts = path.split("/")
+    if not all(parts) or ".." in parts or Path(path).is_absolute():
+        raise CheckpointError(f"{index} names a shard outside of its folder: {path!r}")
+    return index.resolve().parent.joinpath(*parts)
