@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -398,6 +399,61 @@ def test_a_rank_that_is_killed_while_saving(moment: str, victim: int, step: int,
 
     run_in_threads(1, go_on)
     assert len(shard_names(path.parent)) == 1  # what the dead have left is gone
+
+
+KILLED = """
+import os, random, signal, sys, threading
+import torch
+from test_checkpoints import arrays, gradients
+import gradstep as gs
+
+path, victim, after = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+opt, params = gs.Sharded(gs.Adam(0.01), torch.distributed.group.WORLD), arrays()
+if rank == victim:
+    timer = threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+try:
+    while True:
+        opt.apply_gradients(gradients(opt.step), params)
+        if opt.step % 3 == 0:
+            opt.save(path, params, keep=2)
+        if opt.step == 3 and rank == victim:
+            timer.start()
+except gs.CommunicationError as error:
+    print(f"{opt.step}: {error}", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rank_killed_at_random(seed: int, path: Path) -> None:
+    """The survivors report it, and another number of ranks goes on with the bits of a run that nobody disturbed."""
+    rng = random.Random(seed)
+    ranks, after = 2 + seed % 2, rng.uniform(0, 0.4)
+    victim = rng.randrange(ranks)
+    ended = run_torch(ranks, KILLED, str(path), str(victim), str(after))
+    told = [rank for number, rank in enumerate(ended) if number != victim]
+    assert ended[victim].code == -9
+    assert [(rank.code, "another rank is dead, silent or does" in rank.out) for rank in told] == [(0, True)] * len(told)
+    last = max(int(rank.out.partition(":")[0]) for rank in told)
+    found = gs.latest(path.parent)
+    assert found == path
+
+    def go_on(group: ThreadGroup) -> tuple[int, int, Any]:
+        opt, params = gs.Sharded(gs.Adam(0.01), group), blank()
+        opt.load(found, params)
+        begun = opt.step
+        train(opt, params, begun, begun + 2)
+        return begun, opt.step, params
+
+    one, expected = gs.Adam(0.01), arrays()
+    for begun, step, params in run_in_threads(5 - ranks, go_on):
+        assert last - 4 <= begun <= last + 1
+        train(one, expected, one.step, step)
+        for name in SHAPES:
+            assert_same_bits(params[name], expected[name])
 
 
 def test_shards_live_as_long_as_an_index_names_them(path: Path) -> None:
