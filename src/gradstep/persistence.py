@@ -4,7 +4,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 
@@ -31,7 +31,9 @@ class Persistent(ABC):
         return cast("Optimizer", self)
 
     def save(self, path: str | os.PathLike[str], params: object = None, *, keep: int | None = None) -> None:
-        """Save everything that the next steps depend on in one safetensors file, all or nothing.
+        """Save everything that the next steps depend on, all or nothing: in one safetensors file.
+
+        (A `Sharded` optimizer's ranks write a file each, and an index at `path`.)
 
         The file is written beside `path`, synced, and renamed over it: whenever the process is killed, `path` is the
         old file or the new one, whole. Each array of state has the key `parameter.slot`, each parameter its name. The
@@ -72,11 +74,10 @@ class Persistent(ABC):
         Names, shapes, slots, dtypes, the tree of optimizers, their families and storage are compared with this
         optimizer, and with `params` or `like` where they are given; every array that is loaded is verified. Without
         parameters to compare with, the first step checks that it brings no others than the file has. (Parameters in
-        memory are verified, then read again into their place: only a disk that fails in between leaves some of
-        them old.)
+        memory are verified, then read again: only a disk that fails in between leaves some of them old.)
 
         Args:
-            path: the file.
+            path: the file, or the index of a `Sharded` optimizer's.
             params: parameters to be overwritten with those of the file. Default: the file's are left alone, with a
                 warning if `like` is not given either.
             like: parameters, of whose library and in whose layout and place the state is made. Default: `params`, or
@@ -105,7 +106,7 @@ class Persistent(ABC):
             >>> gs.SGD(0.1).load(path, params, strict=False)
             [Difference(kind='different', where='opt', file='Adam', here='SGD')]
         """
-        loading = Loading(params, like, _checked_strict(strict), _checked_whose(hyperparameters), functions or {})
+        loading = Loading(params, like, strict, hyperparameters, functions or {})
         return self._load_as(self._itself, path, loading, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +143,7 @@ class Persistent(ABC):
             >>> twin.learning_rate
             0.1
         """
-        loading = Loading(None, like, _checked_strict(strict), _checked_whose(hyperparameters), functions or {})
+        loading = Loading(None, like, strict, hyperparameters, functions or {})
         return self._load_state_as(self._itself, state_dict, loading)
 
     # What a wrapper asks of the optimizer inside it, for `whole`, the outermost one
@@ -180,6 +181,14 @@ class Loading(NamedTuple):
     whose: "Whose"
     functions: "Functions"
 
+    def checked(self) -> Self:
+        """This, if its arguments can be."""
+        if not isinstance(self.strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentTypeError(f"strict must be True or False, got {self.strict!r}")
+        if self.whose not in ("file", "mine"):
+            raise ConfigurationError(f'hyperparameters must be "file" or "mine", got {self.whose!r}')
+        return self
+
 
 def _restore(whole: "Optimizer", document: "Document", tensors: "Tensors", loading: Loading) -> "list[Difference]":
     from gradstep.checkpoint import restore, snapshot
@@ -191,15 +200,3 @@ def _restore(whole: "Optimizer", document: "Document", tensors: "Tensors", loadi
         return restoration.differences
 
     return whole._exclusively(body)
-
-
-def _checked_strict(strict: object) -> bool:
-    if not isinstance(strict, bool):
-        raise ArgumentTypeError(f"strict must be True or False, got {strict!r}")
-    return strict
-
-
-def _checked_whose(hyperparameters: object) -> "Whose":
-    if hyperparameters not in ("file", "mine"):
-        raise ConfigurationError(f'hyperparameters must be "file" or "mine", got {hyperparameters!r}')
-    return hyperparameters

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from thread_group import ThreadGroup, run_in_threads
 
 import gradstep as gs
 from families import assert_same_bits
-from gradstep.checkpoint import checkpoint_file, files, shards, tensors
-from gradstep.checkpoint.checkpoint_file import DIGEST, DOCUMENT
+from gradstep.checkpoint import checkpoint_file, files, shards
 from gradstep.checkpoint.container import Container, write
-from gradstep.checkpoint.sharded_file import INDEX
+from gradstep.checkpoint.restore import Restoration
+from gradstep.checkpoint.sharded_file import DIGEST, INDEX, digest_of
+from gradstep.distributed import saving
 
 SHAPES = {"large": (300, 333), "odd": (70_001,), "scalar": (), "empty": (0, 3), "small": (3, 1), "matrix": (24, 40)}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -65,7 +67,7 @@ def saved(path: Path, ranks: int = 3, make: Make | None = None) -> Path:
 
 
 def shard_names(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "run.shards").iterdir()}
+    return {path.name for path in (folder / "run.safetensors.shards").iterdir()}
 
 
 def all_raise(ranks: int, body: Callable[[ThreadGroup], object]) -> list[BaseException]:
@@ -204,6 +206,20 @@ def test_state_without_parameters_and_parameters_without_state(path: Path) -> No
             assert_same_bits(copies[name], params[name])
 
 
+def test_what_nobody_steps_is_that_of_rank_0_and_order_does_not_matter(path: Path) -> None:
+    def body(group: ThreadGroup) -> None:
+        opt, params = gs.Sharded(gs.SGD(0.1), group), arrays()
+        train(opt, params, 0, 1)
+        own = {"mean": np.full(4, group.rank, np.float32), "x\\ud800": np.ones(2), "x\ud800": np.zeros(2)}
+        opt.save(path, dict(sorted({**params, **own}.items(), reverse=bool(group.rank))))
+
+    run_in_threads(3, body)
+    found = {**blank(), "mean": np.ones(4, np.float32), "x\\ud800": np.zeros(2), "x\ud800": np.ones(2)}
+    gs.load(path, found)
+    assert found["mean"].tolist() == [0] * 4
+    assert (found["x\\ud800"].tolist(), found["x\ud800"].tolist()) == ([1, 1], [0, 0])
+
+
 def test_layouts_and_tensors_of_torch(path: Path) -> None:
     shape = (2, 8, 6, 5)
 
@@ -272,33 +288,37 @@ def test_a_state_dict_of_one_process_is_shared_out() -> None:
             assert_same_bits(params[name], expected[name])
 
 
-def test_a_rank_holds_its_share_and_no_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two slots of 64 blocks each: what is allocated while loading, and what was allocated in the largest piece."""
-    size, ranks = 64 * 32768, 4
-    made: dict[int, list[int]] = {}
-
-    def counting(shape: Any, dtype: str, original: Any = tensors.empty_bits) -> Any:
-        bits = original(shape, dtype)
-        made.setdefault(threading.get_ident(), []).append(bits.nbytes)
-        return bits
+def test_a_rank_holds_its_share_and_no_more(path: Path) -> None:
+    """Four ranks in one process together have one state, and a buffer for each, whoever saved it in what parts."""
+    size, ranks, buffer = 256 * 32768, 4, 4 << 20
 
     def save(group: ThreadGroup) -> None:
-        opt, params = gs.Sharded(gs.Adam(0.1), group), {"w": np.ones(size, np.float32)}
-        opt.apply_gradients({"w": np.ones(size, np.float32)}, params)
-        opt.save(path, params)
+        opt = gs.Sharded(gs.Adam(0.1), group)
+        opt.apply_gradients({"w": grads}, params)
+        group.gather(np.zeros(1))
+        tracemalloc.reset_peak()
+        opt.save(path)
+        group.gather(np.zeros(1))
 
-    def load(group: ThreadGroup) -> int:
-        params = {"w": np.zeros(size, np.float32)}
-        gs.Sharded(gs.Adam(0.1), group).load(path, params)
-        assert (params["w"] != 0).all()
-        return sum(made[threading.get_ident()])
+    def load(group: ThreadGroup) -> Any:
+        opt = gs.Sharded(gs.Adam(0.1), group)
+        opt.load(path, like=params)
+        return opt
 
-    run_in_threads(3, save)
-    monkeypatch.setattr(tensors, "empty_bits", counting)
-    assert run_in_threads(ranks, load) == [2 * 4 * size // ranks] * ranks
-    files_ = sorted(path.parent.glob("run.shards/*"))
-    assert len(files_) == 3
-    assert max(file.stat().st_size for file in files_) < 3 * 4 * (size / 3 + 32768) + 10_000
+    params, grads = {"w": np.ones(size, np.float32)}, np.ones(size, np.float32)
+    tracemalloc.start()
+    try:
+        run_in_threads(1, save)  # so that no two write to one array
+        assert (
+            tracemalloc.get_traced_memory()[1] < 8 * size + 4 * size + 32 * buffer
+        )  # with averaged gradients, buckets
+        tracemalloc.stop()
+        tracemalloc.start()
+        loaded = run_in_threads(ranks, load)
+        assert tracemalloc.get_traced_memory()[1] < 8 * size + ranks * 2 * buffer
+    finally:
+        tracemalloc.stop()
+    assert [sum(a.nbytes for slots in opt.state.values() for a in slots.values()) for opt in loaded] == [2 * size] * 4
 
 
 # All or nothing
@@ -337,13 +357,76 @@ def test_a_disk_that_fails_leaves_the_old_checkpoint(where: str, path: Path, mon
     checkpoint_file.verify(path)
 
 
+@pytest.mark.parametrize("when", ["before it has its place", "when it has its place"])
+def test_an_index_that_fails(when: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is in the index's place afterwards has all its shards."""
+    saved(path)
+    name = "_rename" if when == "before it has its place" else "sync_folder"
+    original = getattr(files, name)
+
+    def failing(place: Any, *rest: Any) -> None:
+        if name == "_rename" or threading.current_thread() is commits[0]:
+            raise OSError(5, "Input/output error")
+        original(place, *rest)
+
+    commits: list[threading.Thread] = []
+
+    def commit(*given: Any, original: Any = saving.save_index) -> None:
+        commits.append(threading.current_thread())
+        original(*given)
+
+    def body(group: ThreadGroup) -> None:
+        opt, params = gs.Sharded(gs.Adam(0.1), group), blank()
+        opt.load(path, params)
+        train(opt, params, 2, 3)
+        opt.save(path, params)
+
+    monkeypatch.setattr(files, name, failing)
+    monkeypatch.setattr(saving, "save_index", commit)
+    assert {str(error) for error in all_raise(3, body)} == {"rank 0: [Errno 5] Input/output error"}
+    checkpoint_file.verify(path)
+    assert gs.load(path, blank()).step == (2 if name == "_rename" else 3)
+    if name == "_rename":
+        assert len(shard_names(path.parent)) == 3
+
+
+def test_a_load_that_fails_on_one_rank_when_others_have_changed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(path)
+
+    def body(group: ThreadGroup) -> None:
+        opt, params = gs.Sharded(gs.Adam(0.1), group), arrays()
+        ranks[threading.get_ident()] = group.rank
+        train(opt, params, 0, 1)
+        with pytest.raises(OSError, match="rank 1: gone"):
+            opt.load(path, params)
+        for again in (lambda: train(opt, params, 1, 2), lambda: opt.save(path)):
+            with pytest.raises(gs.ConfigurationError, match="the last load failed on one of the ranks when others had"):
+                again()
+        monkeypatch.undo()
+        group.gather(np.zeros(1))
+        opt.load(path, params)
+        train(opt, params, 2, 3)
+        assert opt.step == 3
+
+    def failing(keys: Any, *rest: Any, original: Any = Restoration.__new__) -> Any:
+        found = original(keys, *rest)
+        return found._replace(adopt=broken) if ranks[threading.get_ident()] == 1 else found
+
+    def broken() -> None:
+        raise OSError("gone")
+
+    ranks: dict[int, int] = {}
+    monkeypatch.setattr(Restoration, "__new__", failing)
+    run_in_threads(2, body)
+
+
 DYING = """
 import os, signal, sys
 import numpy as np
 import torch
 import gradstep as gs
 from gradstep.checkpoint import checkpoint_file, shards
-from gradstep.distributed import checkpoints
+from gradstep.distributed import saving
 
 path, moment = sys.argv[1:]
 torch.distributed.init_process_group("gloo")
@@ -366,9 +449,9 @@ def dying(function, after):
 if moment == "shard" and rank == 1:
     shards.write = dying(shards.write, True)
 if moment == "before" and rank == 0:
-    checkpoints.save_index = dying(checkpoints.save_index, False)
+    saving.save_index = dying(saving.save_index, False)
 if moment == "after" and rank == 0:
-    checkpoints.save_index = dying(checkpoints.save_index, True)
+    saving.save_index = dying(saving.save_index, True)
 try:
     opt.save(path, params)
 except gs.CommunicationError as error:
@@ -473,7 +556,7 @@ def test_shards_live_as_long_as_an_index_names_them(path: Path) -> None:
         "run.safetensors",
         "run.1.safetensors",
         "best.safetensors",
-        "run.shards",
+        "run.safetensors.shards",
     }
     assert len(shard_names(folder)) == 6
     assert [gs.load(folder / name, blank()).step for name in ("best.safetensors", "run.1.safetensors", path)] == [
@@ -481,14 +564,65 @@ def test_shards_live_as_long_as_an_index_names_them(path: Path) -> None:
         3,
         4,
     ]
-    held = folder / "run.shards" / "somebody-00001-of-00001.safetensors"
+    held = folder / "run.safetensors.shards" / "0123456789ab-00001-of-00001.safetensors"
+    ours = held.with_name("somebody's.safetensors")
     with held.open("wb") as file:
         files.claim(file)
+        ours.touch()
         (folder / "best.safetensors").unlink()
-        shards.remove_left_over(path, set())
-        assert len(shard_names(folder)) == 5
-    shards.remove_left_over(path, set())
-    assert len(shard_names(folder)) == 4
+        shards.cleaning(path)(path)
+        assert len(shard_names(folder)) == 4 + 2
+    shards.cleaning(path)(path)
+    assert len(shard_names(folder)) == 4 + 1
+    assert ours.exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("step.100", "step.200"), ("run.ckpt", "run.safetensors"), ("a.[bc]", "a.b")]
+)
+def test_names_that_look_alike_do_not_share_shards(first: str, second: str, path: Path) -> None:
+    for name in (first, second, second):
+        saved(path.with_name(name))
+    shutil.copy(path.with_name(second), path.with_name(f"{second}.best"))
+    saved(path.with_name(second))
+    for name in (first, second, f"{second}.best"):
+        checkpoint_file.verify(path.with_name(name))
+
+
+def test_an_index_that_cannot_be_read_keeps_all_shards(path: Path) -> None:
+    saved(path, 1)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"shards")] ^= 1
+    path.with_name("best.safetensors").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"left there: 'best.safetensors' cannot be read and may name them"):
+        saved(path, 1)
+    assert len(shard_names(path.parent)) == 2
+    path.with_name("best.safetensors").unlink()
+    saved(path, 1)
+    assert len(shard_names(path.parent)) == 1
+
+
+def test_a_folder_that_is_a_link_is_not_cleaned(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "run.safetensors.shards").symlink_to(tmp_path / "big")
+    for _ in range(2):
+        saved(path, 1)
+    assert len([*(tmp_path / "big").iterdir()]) == 2
+    checkpoint_file.verify(path)
+
+
+def test_a_file_in_the_place_of_an_index_takes_its_shards_away(path: Path) -> None:
+    saved(path)
+    gs.Adam(0.1).save(path)
+    assert not (path.parent / "run.safetensors.shards").exists()
+    assert gs.load(path).step == 0
+
+
+def test_shards_are_as_open_to_others_as_their_index(path: Path) -> None:
+    saved(path)
+    path.chmod(0o600)
+    saved(path)
+    assert {p.stat().st_mode & 0o777 for p in [path, *(path.parent / "run.safetensors.shards").iterdir()]} == {0o600}
 
 
 def test_a_file_system_without_locks_keeps_no_old_shards(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,8 +639,8 @@ def test_latest_finds_an_index_that_is_whole(path: Path) -> None:
     older = saved(path.with_name("older.safetensors"))
     os.utime(older, (1, 1))
     assert gs.latest(path.parent) == path
-    next((path.parent / "run.shards").glob("*00002*")).unlink()
-    with pytest.warns(UserWarning, match=r"run.safetensors was left out: .* is missing; an index and its folder"):
+    next((path.parent / "run.safetensors.shards").glob("*00002*")).unlink()
+    with pytest.warns(UserWarning, match=r"run.safetensors was left out: .* is missing; an index and the folder"):
         assert gs.latest(path.parent) == older
 
 
@@ -552,6 +686,29 @@ class TestWhatIsRefused:
             "opt.hyperparameters.learning_rate: 0.1 on rank 0, but 1.1 on rank 1; t"
         }
 
+    def test_init_on_one_rank(self, path: Path) -> None:
+        def body(group: ThreadGroup) -> None:
+            opt, params = gs.Sharded(gs.Adam(0.1), group), arrays()
+            train(opt, params, 0, 1)
+            if group.rank:
+                opt.init(params)
+            opt.save(path)
+
+        assert {str(error)[:60] for error in all_raise(2, body)} == {
+            "how often init was called: 0 on rank 0, but 1 on rank 1; the"
+        }
+
+    @pytest.mark.parametrize("wrong", [{"strict": "x"}, {"hyperparameters": "yours"}])
+    def test_arguments_that_cannot_be_on_one_rank(self, wrong: Any, path: Path) -> None:
+        saved(path)
+
+        def body(group: ThreadGroup) -> None:
+            gs.Sharded(gs.Adam(0.1), group).load(path, blank(), **(wrong if group.rank else {}))
+
+        (error,) = {str(error) for error in all_raise(2, body)}
+        assert error.startswith("rank 1: ")
+        assert "must be" in error
+
     def test_loading_without_parameters(self, path: Path) -> None:
         saved(path)
         (error,) = {str(e) for e in all_raise(2, lambda group: gs.Sharded(gs.Adam(0.1), group).load(path))}
@@ -593,12 +750,22 @@ class TestWhatIsRefused:
         assert error.startswith("the values of params['small'] by their CRC-32")
 
     def test_another_file_on_one_rank(self, path: Path) -> None:
-        paths = [saved(path), saved(path.with_name("other.safetensors"), make=lambda: gs.Adam(0.2))]
+        """Of two runs that differ in nothing but their gradients."""
+
+        def save(group: ThreadGroup) -> None:
+            opt, params = gs.Sharded(gs.Adam(0.1), group), arrays()
+            for first in (5, 6):
+                opt.apply_gradients(gradients(first), params)
+            opt.save(path.with_name("other.safetensors"), params)
+
+        saved(path)
+        run_in_threads(3, save)
 
         def body(group: ThreadGroup) -> None:
-            gs.Sharded(gs.Adam(0.1), group).load(paths[group.rank], blank())
+            one = path if group.rank else path.with_name("other.safetensors")
+            gs.Sharded(gs.Adam(0.1), group).load(one, blank())
 
-        assert {str(error)[:31] for error in all_raise(2, body)} == {"the checkpoint, by its contents"}
+        assert {str(error)[:31] for error in all_raise(2, body)} == {"the checkpoint, by its digest: "}
 
     def test_copies_and_state_dicts(self, alone_in_group: ThreadGroup) -> None:
         opt = gs.Sharded(gs.Adam(0.1), alone_in_group)
@@ -614,12 +781,13 @@ class TestWhatIsRefused:
 # Damage
 
 
-def test_every_byte_of_every_file_counts(path: Path) -> None:
+def test_a_bit_of_a_tensor_or_of_the_index_and_an_end_that_is_missing(path: Path) -> None:
     saved(path, 2)
     rng = np.random.default_rng(0)
-    for file in (path, *(path.parent / "run.shards").iterdir()):
+    for file in (path, *(path.parent / "run.safetensors.shards").iterdir()):
         whole = file.read_bytes()
-        for at in (8, len(whole) - 1, *rng.integers(0, len(whole), 20)):
+        first = 8 if file == path else 8 + int.from_bytes(whole[:8], "little")
+        for at in (first, len(whole) - 1, *rng.integers(first, len(whole), 20)):
             content = bytearray(whole)
             content[at] ^= 4
             file.write_bytes(content)
@@ -635,7 +803,7 @@ def test_every_byte_of_every_file_counts(path: Path) -> None:
 
 def test_a_shard_is_no_checkpoint(path: Path) -> None:
     saved(path, 2)
-    shard = next((path.parent / "run.shards").glob("*00001*"))
+    shard = next((path.parent / "run.safetensors.shards").glob("*00001*"))
     with pytest.raises(
         gs.CheckpointError, match=r"is shard 1 of 2 of the checkpoint run.safetensors; pass the path of"
     ):
@@ -655,7 +823,7 @@ def _reordered(index: Any) -> None:
 
 
 def _elsewhere(index: Any) -> None:
-    index["shards"][0][0] = "../run.shards/" + index["shards"][0][0]
+    index["shards"][0][0] = "../run.safetensors.shards/" + index["shards"][0][0]
 
 
 def _absolute(index: Any) -> None:
@@ -686,14 +854,17 @@ def _swapped(index: Any) -> None:
     index["tensors"]["odd.m"], index["tensors"]["large.m"] = index["tensors"]["large.m"], index["tensors"]["odd.m"]
 
 
+PIECES, NUMBERS = "has pieces that do not make up its 99900 elements", "must hold numbers of elements or bytes"
 TAMPERINGS = [
-    _without_pieces, _overlapping, _reordered, _elsewhere, _absolute, _too_many, _negative, _huge, _unknown, _no_list,
-    _swapped,
+    (_without_pieces, PIECES), (_overlapping, PIECES), (_reordered, PIECES), (_swapped, "does not hold the piece of"),
+    (_elsewhere, "names a shard where none can be"), (_absolute, "names a shard where none can be"),
+    (_too_many, "names 2 shards, but has pieces of tensor 'large.m' in others"), (_negative, NUMBERS),
+    (_huge, NUMBERS), (_unknown, "has the unknown dtype 'F7'"), (_no_list, "must be a list of 3"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tamper", TAMPERINGS)
-def test_an_index_that_cannot_be_is_refused(tamper: Callable[[Any], None], path: Path) -> None:
+@pytest.mark.parametrize(("tamper", "message"), TAMPERINGS)
+def test_an_index_that_cannot_be_is_refused(tamper: Callable[[Any], None], message: str, path: Path) -> None:
     """Written as if it were whole, with a digest that fits."""
     saved(path, 2)
     with Container(path) as container:
@@ -701,10 +872,10 @@ def test_an_index_that_cannot_be_is_refused(tamper: Callable[[Any], None], path:
     index = json.loads(metadata[INDEX])
     tamper(index)
     metadata[INDEX] = json.dumps(index)
-    metadata[DIGEST] = checkpoint_file._digest_of_index({DOCUMENT: metadata[DOCUMENT], INDEX: metadata[INDEX]})
+    metadata[DIGEST] = digest_of(metadata)
     with path.open("wb") as file:
         write(file, [], lambda _: metadata)
-    with pytest.raises(gs.CheckpointError):
+    with pytest.raises(gs.CheckpointError, match=message):
         checkpoint_file.verify(path)
 
 
@@ -742,9 +913,9 @@ def test_inspect_reads_an_index(path: Path) -> None:
     assert " in 3 shards and this index, written by" in output
     assert "Verified: the header and 18 tensors" in output
     document = json.loads(run("inspect", path, "--json")[1])
-    total = sum(file.stat().st_size for file in [path, *(path.parent / "run.shards").iterdir()])
+    total = sum(file.stat().st_size for file in [path, *(path.parent / "run.safetensors.shards").iterdir()])
     assert (document["shards"], document["bytes"], document["tensors"]) == (3, total, 18)
-    shard = next((path.parent / "run.shards").glob("*00002*"))
+    shard = next((path.parent / "run.safetensors.shards").glob("*00002*"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
@@ -752,5 +923,5 @@ def test_inspect_reads_an_index(path: Path) -> None:
     assert (code, "1 of 18 tensors" in output) == (1, True)
     shard.unlink()
     code, _, errors = run("merge", path, path.with_name("merged.safetensors"))
-    assert (code, "is missing; an index and its folder of shards belong together" in errors) == (2, True)
+    assert (code, "is missing; an index and the folder run.safetensors.shards" in errors) == (2, True)
     assert not path.with_name("merged.safetensors").exists()

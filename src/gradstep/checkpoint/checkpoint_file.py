@@ -17,7 +17,17 @@ from gradstep.checkpoint.files import replacing
 from gradstep.checkpoint.making import make
 from gradstep.checkpoint.nodes import Document, from_json, keys_of, step_of
 from gradstep.checkpoint.restore import prepare
-from gradstep.checkpoint.sharded_file import INDEX, PART, Index, ShardTensors, index_from_json
+from gradstep.checkpoint.sharded_file import (
+    DIGEST,
+    DOCUMENT,
+    INDEX,
+    PART,
+    Index,
+    ReplacedError,
+    ShardTensors,
+    digest_of,
+)
+from gradstep.checkpoint.shards import cleaning
 from gradstep.checkpoint.snapshot import Snapshot
 from gradstep.checkpoint.tensors import FileTensors, SavedTensors
 from gradstep.checkpoint.values import Functions
@@ -28,7 +38,8 @@ from gradstep.rules.base import RuleOptimizer
 
 Path_ = str | os.PathLike[str]
 
-DOCUMENT, HASHES, DIGEST = "gradstep", "gradstep.sha256", "gradstep.digest"
+HASHES = "gradstep.sha256"
+ATTEMPTS = 10  # to find a checkpoint that is not saved anew while it is read
 NOT_SAVED = "its header is not what was saved"
 
 
@@ -49,15 +60,18 @@ def _write_whole(path: Path_, document: Document, tensors: Sequence[Tensor], kee
         found = {DOCUMENT: text, HASHES: json.dumps(hashes, separators=(",", ":"))}
         return {**found, DIGEST: _digest(found, forms)}
 
-    with replacing(path, keep) as file:
+    with replacing(path, keep, cleaning(path)) as file:
         write(file, tensors, metadata)
 
 
 def save_index(path: Path_, document: Document, index: Index, keep: int) -> None:
-    """Write the index of shards that are there already, and put it in the place of `path`."""
+    """Write the index of shards that are there already, and put it in the place of `path`.
+
+    Shards that no index in the folder names any more are removed.
+    """
     found = {DOCUMENT: _text_of(document), INDEX: index.to_json()}
-    with replacing(path, keep) as file:
-        write(file, [], lambda _: {**found, DIGEST: _digest_of_index(found)})
+    with replacing(path, keep, cleaning(path)) as file:
+        write(file, [], lambda _: {**found, DIGEST: digest_of(found)})
 
 
 def merge(index: Path_, path: Path_, progress: Callable[[int], object] = lambda _: None) -> None:
@@ -96,11 +110,6 @@ def _digest(metadata: Mapping[str, str], forms: Mapping[str, tuple[str, tuple[in
     """The SHA-256 of all that a header says, whatever the order of its entries."""
     tensors = sorted([key, CODES[dtype], list(shape)] for key, (dtype, shape) in forms.items())
     content: list[Any] = [metadata[DOCUMENT], metadata[HASHES], tensors]
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
-
-
-def _digest_of_index(metadata: Mapping[str, str]) -> str:
-    content = [metadata[DOCUMENT], metadata[INDEX]]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -153,6 +162,7 @@ class CheckpointFile(NamedTuple):
 
     document: Document
     tensors: SavedTensors
+    digest: str
 
     def warn_of_parameters(self, stacklevel: int) -> None:
         """Warn that parameters are left where they are."""
@@ -208,11 +218,9 @@ def opened(path: Path_) -> Generator[CheckpointFile]:
 
 @contextlib.contextmanager
 def _opened_index(container: Container) -> Generator[CheckpointFile]:
-    metadata = container.metadata
-    if container.tensors or metadata.get(DIGEST) != _digest_of_index(metadata):
+    if container.tensors or container.metadata.get(DIGEST) != digest_of(container.metadata):
         raise container.damaged(NOT_SAVED)
-    index = index_from_json(container.parsed(metadata[INDEX], "its index"))
-    with ShardTensors(container.path, container.size, index) as tensors:
+    with ShardTensors(container) as tensors:
         yield _checked(container, tensors)
 
 
@@ -221,13 +229,7 @@ def _checked(container: Container, tensors: SavedTensors) -> CheckpointFile:
     lacking = (keys_of(document.optimizer) | set(document.parameters.values())) - set(tensors.all_keys())
     if lacking:
         raise container.damaged(f"it describes other tensors than it holds: {sorted(lacking)[:8]}")
-    return CheckpointFile(document, tensors)
-
-
-def shards_of(path: Path_) -> list[str]:
-    """The shards that a file names, if it is an index."""
-    with opened(path) as file:
-        return [shard.path for shard in file.tensors.index.shards] if isinstance(file.tensors, ShardTensors) else []
+    return CheckpointFile(document, tensors, container.metadata[DIGEST])
 
 
 def verify(path: Path_) -> None:
@@ -265,6 +267,13 @@ def latest(folder: Path_) -> Path | None:
         >>> gs.latest(folder).name
         'run.safetensors'
     """
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(ReplacedError):
+            return _latest(folder)
+    raise CheckpointError(f"the checkpoints of {folder} are saved anew faster than they can be read; try again later")
+
+
+def _latest(folder: Path_) -> Path | None:
     candidates: list[tuple[int, int, str]] = []
     damaged: list[Path] = []
     for path in Path(os.fsdecode(folder)).iterdir():
@@ -291,9 +300,11 @@ def _left_out(path: Path, damaged: list[Path]) -> Generator[None]:
     """
     try:
         yield
+    except ReplacedError:
+        raise
     except (FileNotFoundError, NoCheckpointError):
         return
     except (CheckpointError, OSError) as error:
         if path.suffix == ".safetensors":
             damaged.append(path)
-            warnings.warn(f"{path.name} was left out: {error}", stacklevel=4)
+            warnings.warn(f"{path.name} was left out: {error}", stacklevel=5)

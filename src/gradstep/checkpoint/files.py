@@ -18,7 +18,9 @@ with contextlib.suppress(ImportError):
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], keep: int = 1) -> Generator[BinaryIO]:
+def replacing(
+    path: str | os.PathLike[str], keep: int = 1, afterwards: Callable[[Path], object] = lambda _: None
+) -> Generator[BinaryIO]:
     """A new file, which takes the place of `path` when the block ends without an error.
 
     Whenever the process is killed, or the machine loses power, `path` is the old file or the new one, whole.
@@ -26,6 +28,7 @@ def replacing(path: str | os.PathLike[str], keep: int = 1) -> Generator[BinaryIO
     Args:
         path: the file to be replaced; a link stays one.
         keep: how many files there are to be, the new one and older ones; see `older`.
+        afterwards: what is done with the file in its place before another process may rename files of its folder.
     """
     target = target_of(path)
     _remove_left_over(target)
@@ -35,6 +38,7 @@ def replacing(path: str | os.PathLike[str], keep: int = 1) -> Generator[BinaryIO
         with _turn(target.parent):
             _rotate(target, keep)
             _rename(file, place, target)
+            afterwards(target)
     sync_folder(target.parent)
 
 
@@ -82,15 +86,20 @@ def _beside(target: Path) -> Generator[tuple[BinaryIO, Path]]:
     file, place = create_held(lambda: target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}"))
     try:
         with file:
-            with contextlib.suppress(FileNotFoundError):
-                os.chmod(place, stat.S_IMODE(target.stat().st_mode))
+            give_mode(place, target)
             yield file, place
     finally:
         place.unlink(missing_ok=True)
 
 
+def give_mode(place: Path, target: Path) -> None:
+    """Let a new file be as open to others as the one that it belongs to, if that is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.chmod(place, stat.S_IMODE(target.stat().st_mode))
+
+
 def create_held(name: Callable[[], Path]) -> tuple[BinaryIO, Path]:
-    """A new file, held by this process for as long as it is open."""
+    """A new file, held by this process for as long as it is open; `name` gives another name at every call."""
     while True:
         place = name()
         file = os.fdopen(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666), "wb")
@@ -161,6 +170,7 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     if os.name == "nt":
         return  # folders cannot be opened there; renaming is journalled
     handle = os.open(folder, os.O_RDONLY)

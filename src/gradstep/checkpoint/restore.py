@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from gradstep.accumulate import Accumulate
 from gradstep.arrays.library import Form, recognise
-from gradstep.arrays.memory import bits_dtype
 from gradstep.checkpoint.comparison import Comparison
 from gradstep.checkpoint.differences import Difference, mismatch
 from gradstep.checkpoint.matching import RuleMatch, match_trees
@@ -50,7 +49,7 @@ def prepare(
         loading: how it is loaded.
         share: what of the state belongs here, where it is spread over processes. Default: all.
     """
-    params, like, strict, whose, functions = loading
+    params, like, strict, whose, functions = loading.checked()
     named = None if params is None else checked_arrays(params, "params")
     models = named if like is None else checked_arrays(like, "like")
     matching = match_trees(optimizer, mine, document.optimizer, whose, functions, tensors.name)
@@ -160,10 +159,7 @@ def _replacement(
 
         def overwrite() -> None:
             for name, view in views.items():
-                if view.flags.c_contiguous and view.dtype == bits_dtype(tensors.shape(keys[name]).dtype):
-                    tensors.fetch(keys[name], view)
-                else:
-                    view[...] = read(tensors, keys[name]).bits
+                view[...] = read(tensors, keys[name]).bits
             library.wrote(list(named.values()))
 
         return overwrite

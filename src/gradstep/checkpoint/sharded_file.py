@@ -5,8 +5,11 @@ SHA-256 of every piece: a set of files is one checkpoint from the moment on at w
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
+import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -17,9 +20,10 @@ from gradstep.checkpoint.nodes import Entry, read_all, read_text
 from gradstep.checkpoint.tensors import Shape
 from gradstep.errors import CheckpointError
 
-INDEX = "gradstep.index"
+DOCUMENT, INDEX, DIGEST = "gradstep", "gradstep.index", "gradstep.digest"
 PART = "gradstep.shard"
-OPEN_AT_ONCE = 32  # shards
+OPEN_AT_ONCE = 256  # shards
+SHARD_NAME = re.compile(r"[0-9a-f]{12}-\d{5,}-of-\d{5,}\.safetensors")
 
 
 class Piece(NamedTuple):
@@ -51,6 +55,11 @@ class Index(NamedTuple):
     shards: Sequence[Shard]
     tensors: Mapping[str, Spread]
 
+    def checked(self) -> Self:
+        """This, if it can be read again."""
+        index_from_json(json.loads(self.to_json()))
+        return self
+
     def to_json(self) -> str:
         """Text that `index_from_json` reads."""
         tensors = {
@@ -59,6 +68,29 @@ class Index(NamedTuple):
         }
         shards = [list(shard) for shard in self.shards]
         return json.dumps({"shards": shards, "tensors": tensors}, separators=(",", ":"))
+
+
+def digest_of(metadata: Mapping[str, str]) -> str:
+    """The SHA-256 of all that an index says."""
+    content = [metadata.get(DOCUMENT), metadata.get(INDEX)]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def shards_named_by(path: Path) -> list[str]:
+    """The paths of the shards that a file names; none if it is no index.
+
+    Raises:
+        CheckpointError, OSError: it cannot be read.
+    """
+    with path.open("rb") as file:  # an index is a header alone
+        if int.from_bytes(file.read(8), "little") + 8 != os.fstat(file.fileno()).st_size:
+            return []
+    with Container(path) as container:
+        if INDEX not in container.metadata:
+            return []
+        return [
+            shard.path for shard in index_from_json(container.parsed(container.metadata[INDEX], "its index")).shards
+        ]
 
 
 def index_from_json(data: Mapping[str, Any]) -> Index:
@@ -117,15 +149,15 @@ class ShardTensors:
     """The tensors of all shards, verified piece by piece whenever they are read. Shards are opened when needed.
 
     Args:
-        path: of the index.
-        size: of the index, in bytes.
-        index: what it says.
+        file: the index.
     """
 
-    def __init__(self, path: Path, size: int, index: Index) -> None:
-        self.path, self.name, self.shards = path, str(path), len(index.shards)
-        self.size = size + sum(shard.size for shard in index.shards)
-        self.index, self._open = index, dict[int, Container]()
+    def __init__(self, file: Container) -> None:
+        index = self.index = index_from_json(file.parsed(file.metadata[INDEX], "its index"))
+        self.path, self.name, self.shards = file.path, str(file.path), len(index.shards)
+        self.size = file.size + sum(shard.size for shard in index.shards)
+        self.digest = file.metadata[DIGEST]
+        self._open: dict[int, Container] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -189,21 +221,29 @@ class ShardTensors:
         try:
             container = Container(path)
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{self.path} is the index of a checkpoint of {self.shards} files, and {path} is missing; an index and "
-                "its folder of shards belong together: copy or move both"
-            ) from None
+            raise self._missing(path) from None
         for last in itertools.islice(list(self._open), max(len(self._open) - OPEN_AT_ONCE + 1, 0)):
             self._open.pop(last).__exit__()
         self._open[number] = container
-        if container.size != shard.size:
-            raise container.damaged(f"it has {container.size:,} bytes; {self.path.name} says {shard.size:,}")
         return container
+
+    def _missing(self, path: Path) -> CheckpointError:
+        with contextlib.suppress(OSError, CheckpointError), Container(self.path) as now:
+            if now.metadata.get(DIGEST) != self.digest:
+                return ReplacedError(f"{self.path} was saved anew while it was being read; read it again")
+        return CheckpointError(
+            f"{self.path} is the index of a checkpoint of {self.shards} shards, and {path} is missing; an index and "
+            f"the folder {path.parent.name} belong together: copy or move both, and leave the folder its name"
+        )
+
+
+class ReplacedError(CheckpointError):
+    """Shards were removed while they were being read, because the checkpoint was saved anew."""
 
 
 def shard_path(index: Path, path: str) -> Path:
     """Where a shard lies; beside the index itself where its name is a link to it."""
-    parts = path.split("/")
-    if not all(parts) or ".." in parts or Path(path).is_absolute():
-        raise CheckpointError(f"{index} names a shard outside of its folder: {path!r}")
-    return index.resolve().parent.joinpath(*parts)
+    folder, _, name = path.partition("/")
+    if not SHARD_NAME.fullmatch(name) or folder in ("", ".", "..") or "\\" in folder or ":" in folder:
+        raise CheckpointError(f"{index} names a shard where none can be: {path!r}")
+    return index.resolve().parent / folder / name

@@ -2,70 +2,74 @@
 
 import contextlib
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import secrets
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gradstep.checkpoint.checkpoint_file import shards_of
 from gradstep.checkpoint.container import Tensor, write
-from gradstep.checkpoint.files import create_held, remove_unheld, sync, sync_folder, target_of
-from gradstep.checkpoint.sharded_file import PART
-from gradstep.errors import CheckpointError
+from gradstep.checkpoint.files import create_held, give_mode, remove_unheld, sync, sync_folder, target_of
+from gradstep.checkpoint.sharded_file import PART, SHARD_NAME, Shard, shards_named_by
+from gradstep.errors import CheckpointError, listing
 
 
 class Written:
-    """A shard that lies on the disk: its path from the index's folder on, its size, and its hashes by key.
+    """A shard that lies on the disk. It is removed at the end of the block that wrote it, unless it `stays`.
 
-    It is removed at the end of the block that wrote it, unless `keep` was called.
+    Attributes:
+        shard: its path from the index's folder on, and its size.
+        hashes: the SHA-256 of each of its tensors.
+        stays: whether an index may name it.
     """
 
-    def __init__(self, path: str, size: int, hashes: dict[str, str]) -> None:
-        self.path, self.size, self.hashes = path, size, hashes
-        self.kept = False
-
-    def keep(self) -> None:
-        """From now on an index may name it."""
-        self.kept = True
+    def __init__(self, shard: Shard, hashes: Mapping[str, str]) -> None:
+        self.shard, self.hashes, self.stays = shard, hashes, False
 
 
 @contextlib.contextmanager
-def writing(index: Path, save: str, rank: int, ranks: int, tensors: Sequence[Tensor]) -> Generator[Written]:
+def writing(index: Path, rank: int, ranks: int, tensors: Sequence[Tensor]) -> Generator[Written]:
     """Write a shard for the index at `index`; nobody removes the file before the block ends.
 
     Args:
         index: where the index will be.
-        save: what tells the shards of this save from those of others.
         rank, ranks: which of the shards it is, and of how many.
         tensors: the pieces.
     """
     target = target_of(index)
-    path = f"{_folder_name(target)}/{save}-{rank + 1:05}-of-{ranks:05}.safetensors"
-    place = target.parent / path
-    place.parent.mkdir(exist_ok=True)
+    folder = _folder_of(target)
+    folder.mkdir(exist_ok=True)
     hashes: dict[str, str] = {}
+
+    def name() -> Path:
+        return folder / f"{secrets.token_hex(6)}-{rank + 1:05}-of-{ranks:05}.safetensors"
 
     def metadata(found: Mapping[str, str]) -> dict[str, str]:
         hashes.update(found)
-        return {PART: f"shard {rank + 1} of {ranks} of the checkpoint {target.name}"}
+        whose = os.fsencode(target.name).decode(errors="backslashreplace")
+        return {PART: f"shard {rank + 1} of {ranks} of the checkpoint {whose}"}
 
-    file, _ = create_held(lambda: place)
+    file, place = create_held(name)
     written = None
     try:
         with file:
+            give_mode(place, target)
             write(file, tensors, metadata)
             sync(file)
-            sync_folder(place.parent)
+            sync_folder(folder)
             sync_folder(target.parent)
-            written = Written(path, place.stat().st_size, hashes)
+            written = Written(Shard(f"{folder.name}/{place.name}", place.stat().st_size), hashes)
             yield written
     finally:
-        if written is None or not written.kept:
+        if written is None or not written.stays:
             place.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing else is in it
 
 
-def check_there(index: Path, shards: Sequence[tuple[str, int]]) -> None:
+def check_there(index: Path, shards: Sequence[Shard]) -> None:
     """Raise `CheckpointError` unless all shards lie beside the index, as this process sees the folder."""
     for rank, (path, size) in enumerate(shards):
-        place = index.resolve().parent / path
+        place = target_of(index).parent / path
         there = place.stat().st_size if place.exists() else None
         if there != size:
             raise CheckpointError(
@@ -75,42 +79,55 @@ def check_there(index: Path, shards: Sequence[tuple[str, int]]) -> None:
             )
 
 
-def named_beside(index: Path) -> set[str]:
-    """The shards that this index and others in its folder name."""
-    target = index.resolve()
-    beside = target.parent.glob(f"*{target.suffix}")
-    return {path for other in beside if _is_index(other) for path in _shards_of(other)}
+def cleaning(path: str | os.PathLike[str]) -> Callable[[Path], None]:
+    """What removes the shards of a checkpoint that is about to be replaced, once it has been.
 
-
-def remove_left_over(index: Path, before: set[str]) -> None:
-    """Remove the shards of an index that no index in its folder names.
-
-    Those that one named `before` are whole, and of no use any more; others may be somebody's who is still writing.
+    It removes those in the checkpoint's folder that no index beside it names, but not what somebody is writing, and is
+    to be called while no other process can give a file its name there. Other files, and folders that are links, are
+    left alone; so is everything while an index cannot be read, with a warning.
     """
-    target, named = index.resolve(), named_beside(index)
-    folder = target.parent / _folder_name(target)
-    for place in folder.glob("*.safetensors"):
-        path = f"{folder.name}/{place.name}"
-        if path not in named and path in before:
-            place.unlink(missing_ok=True)
-        elif path not in named:
-            remove_unheld(place)
+    before = _named_beside(target_of(path), [])
+    return lambda target: _remove_left_over(target, before)
 
 
-def _folder_name(target: Path) -> str:
-    return f"{target.stem}.shards"
-
-
-def _is_index(path: Path) -> bool:
-    """Whether a file is a header alone."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return int.from_bytes(file.read(8), "little") + 8 == os.fstat(file.fileno()).st_size
-
-
-def _shards_of(path: Path) -> Iterator[str]:
-    try:
-        yield from shards_of(path)
-    except CheckpointError:  # damaged, or something else
+def _remove_left_over(target: Path, before: set[str]) -> None:
+    """`before`: the shards that were named, so that nobody is writing them, also where files cannot be held."""
+    folder = _folder_of(target)
+    if not folder.is_dir() or folder.is_symlink():
         return
+    unread: list[str] = []
+    named = _named_beside(target, unread)
+    if unread:
+        warnings.warn(
+            f"shards in {folder} that no index names any more were left there: {listing(unread)} cannot be read "
+            "and may name them; move such files away",
+            stacklevel=2,
+        )
+        return
+    for place in folder.iterdir():
+        path = f"{folder.name}/{place.name}"
+        if SHARD_NAME.fullmatch(place.name) and path not in named:
+            with contextlib.suppress(OSError):
+                place.unlink() if path in before else remove_unheld(place)
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # if nothing is left
+
+
+def _named_beside(target: Path, unread: list[str]) -> set[str]:
+    """The shards that the indexes in a folder name."""
+    if not _folder_of(target).is_dir():
+        return set()
+    return {shard for path in target.parent.iterdir() if path.is_file() for shard in _named_by(path, unread)}
+
+
+def _named_by(path: Path, unread: list[str]) -> Iterator[str]:
+    try:
+        yield from shards_named_by(path)
+    except FileNotFoundError:
+        return
+    except (CheckpointError, OSError):
+        unread.append(path.name)
+
+
+def _folder_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.shards")

@@ -64,6 +64,11 @@ class Partition:
     def __getitem__(self, name: str) -> list[Portion]:
         return self._portions[name]
 
+    @property
+    def portions(self) -> Mapping[str, list[Portion]]:
+        """Who has what, by name."""
+        return self._portions
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter."""
         return self._shapes[name]

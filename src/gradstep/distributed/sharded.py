@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from gradstep.checkpoint.differences import Difference
-    from gradstep.checkpoint.nodes import Document
-    from gradstep.checkpoint.tensors import Tensors
+    from gradstep.distributed.loading import Source
 
 Params = TypeVar("Params")
 
@@ -120,12 +119,14 @@ class Sharded(Wrapper):
         "_planned_step",
         "_begun",
         "_compared",
+        "_half_loaded",
     }
     _group: Group
     _council: Council
     _partition: Partition
     _planned_step: Planned | None
     _compared: bool  # whether the values of parameters have been, with other ranks'
+    _half_loaded: bool  # whether a load failed when ranks had begun to change
     _begun: int  # how often `init` has been called, which all ranks should do together
 
     def __init__(self, optimizer: Optimizer, group: object, *, timeout: float | None = None) -> None:
@@ -139,7 +140,7 @@ class Sharded(Wrapper):
             )
         self._inner, self._group = optimizer, group_of(group, timeout)
         self._council, self._partition = Council(self._group), Partition(self._group.size)
-        self._planned_step, self._compared, self._begun = None, False, 0
+        self._planned_step, self._compared, self._half_loaded, self._begun = None, False, False, 0
         self._register()
 
     @property
@@ -202,6 +203,7 @@ class Sharded(Wrapper):
             plan = here.planned.plan
             return Said(word_of([plan.word, here.facts]), lambda: {**self._options_told(), **plan.facts, **here.facts})
 
+        self._refuse_half()
         with InterruptsHeld():  # a rank that leaves a step leaves the others waiting
             here = self._council.attempt(brought, said)
             self._partition, self._planned_step, self._compared = here.planned.partition, here.planned, True
@@ -288,7 +290,8 @@ class Sharded(Wrapper):
     def _init(self, params: object) -> None:
         self._share_out(params, Partition(self._group.size))  # which checks them
         self._inner._init({})
-        self._partition, self._planned_step, self._compared = Partition(self._group.size), None, False
+        self._partition, self._planned_step = Partition(self._group.size), None
+        self._compared = self._half_loaded = False
         self._begun += 1
 
     def _share_out(
@@ -320,11 +323,12 @@ class Sharded(Wrapper):
     # Checkpoints
 
     def _save_as(self, whole: Optimizer, path: str | os.PathLike[str], params: object, keep: int | None) -> None:
-        from gradstep.distributed import checkpoints
+        from gradstep.distributed.saving import save
 
         def body() -> None:
             with InterruptsHeld():
-                checkpoints.save(whole, path, params, keep, self._group, self._council, self._partition)
+                self._refuse_half()
+                save(whole, path, params, keep, self._group, self._council, self._partition, self._begun)
 
         whole._exclusively(body)
 
@@ -332,36 +336,47 @@ class Sharded(Wrapper):
         self, whole: Optimizer, path: str | os.PathLike[str], loading: Loading, stacklevel: int
     ) -> "list[Difference]":
         from gradstep.checkpoint import checkpoint_file
+        from gradstep.distributed.loading import Source
 
         @contextlib.contextmanager
-        def opened() -> "Generator[tuple[Document, Tensors]]":
+        def opened() -> "Generator[Source]":
             with checkpoint_file.opened(path) as file:
-                yield file.document, file.tensors
+                yield Source(file.document, file.tensors, file.digest)
 
         return self._load_from(whole, opened, loading)
 
     def _load_state_as(self, whole: Optimizer, state_dict: Mapping[str, Any], loading: Loading) -> "list[Difference]":
         from gradstep.checkpoint import snapshot
+        from gradstep.distributed.loading import Source
 
-        return self._load_from(whole, lambda: contextlib.nullcontext(snapshot.from_state_dict(state_dict)), loading)
+        @contextlib.contextmanager
+        def opened() -> "Generator[Source]":
+            document, tensors = snapshot.from_state_dict(state_dict)
+            yield Source(document, tensors, f"{word_of(document.to_json()):x}")
+
+        return self._load_from(whole, opened, loading)
 
     def _load_from(
-        self,
-        whole: Optimizer,
-        opened: "Callable[[], AbstractContextManager[tuple[Document, Tensors]]]",
-        loading: Loading,
+        self, whole: Optimizer, opened: "Callable[[], AbstractContextManager[Source]]", loading: Loading
     ) -> "list[Difference]":
-        from gradstep.distributed import checkpoints
+        from gradstep.distributed.loading import read_parts
 
         def body() -> "list[Difference]":
-            with InterruptsHeld():
-                differences, self._partition = checkpoints.load(
-                    whole, opened, loading, self._group, self._council, self._partition
-                )
-                self._planned_step, self._compared = None, False
-            return differences
+            with InterruptsHeld(), contextlib.ExitStack() as stack:
+                loaded = read_parts(whole, opened, loading, self._group, self._council, self._partition, stack)
+                self._planned_step, self._compared, self._half_loaded = None, False, True
+                self._council.attempt(loaded.restoration.adopt)
+                self._partition, self._half_loaded = loaded.partition, False
+            return loaded.restoration.differences
 
         return whole._exclusively(body)
+
+    def _refuse_half(self) -> None:
+        if self._half_loaded:
+            raise ConfigurationError(
+                "the last load failed on one of the ranks when others had loaded already; load again, or begin anew: "
+                "opt.init(params)"
+            )
 
     def _snapshot(self, memo: dict[int, Any]) -> NoReturn:
         raise ConfigurationError(
