@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gradstep as gs
+from gradstep.distributed.collective import sum_parts
 from gradstep.distributed.group import Group, group_of
 
 SHORT = 3.0  # seconds, the timeout of groups with a rank that is silent
@@ -50,12 +51,23 @@ def gathers_messages_of_different_lengths(group: Group) -> None:
     assert group.gather_messages(text[group.rank]) == text
 
 
+def exchanges_every_dtype(group: Group) -> None:
+    to = np.arange(group.size)
+    for dtype in (np.uint8, np.int64, np.float32, np.float64):
+        for shape in ((), (3,), (2, 2), (0,)):
+            sent = np.broadcast_to((10 * group.rank + to).reshape(-1, *[1] * len(shape)), (group.size, *shape))
+            received = group.exchange(sent.astype(dtype))
+            assert received.dtype == dtype and received.shape == (group.size, *shape)
+            assert received.flags.c_contiguous and received.flags.writeable
+            assert all((received[rank] == 10 * rank + group.rank).all() for rank in to)
+
+
 def sums_parts(group: Group) -> None:
     for dtype in (np.float32, np.float64):
         for shape in ((), (1,), (7,), (4, 5), (0,), (100_003,)):
             every = np.random.default_rng(3).integers(-1000, 1000, (group.size, group.size, *shape)).astype(dtype)
             mine = every[group.rank].copy()
-            total = group.sum_parts(mine)
+            total = sum_parts(group, mine)
             assert total.dtype == dtype and total.shape == shape
             assert np.array_equal(total, every.sum(axis=0)[group.rank])
             assert np.array_equal(mine, every[group.rank])
@@ -67,7 +79,7 @@ def adds_ranks_in_order(group: Group) -> None:
     for rank in range(1, group.size):
         expected = expected + every[rank, group.rank]
     for _ in range(3):
-        assert group.sum_parts(every[group.rank]).tobytes() == expected.tobytes()
+        assert sum_parts(group, every[group.rank]).tobytes() == expected.tobytes()
 
 
 CHECKS: list[Callable[[Group], None]] = [
@@ -76,6 +88,7 @@ CHECKS: list[Callable[[Group], None]] = [
     gathers_bits,
     gathers_from_read_only_memory_and_keeps_nothing,
     gathers_messages_of_different_lengths,
+    exchanges_every_dtype,
     sums_parts,
     adds_ranks_in_order,
 ]
@@ -145,8 +158,10 @@ def check_mpi() -> None:
     communicator = MPI.COMM_SELF.Dup()
     freed = group_of(communicator)
     communicator.Free()
-    with pytest.raises(gs.CommunicationError, match="summing parts through MPI failed on rank 0 of 1 after") as caught:
-        freed.sum_parts(np.zeros((1, 3)))
+    with pytest.raises(
+        gs.CommunicationError, match="exchanging parts through MPI failed on rank 0 of 1 after"
+    ) as caught:
+        freed.exchange(np.zeros((1, 3)))
     assert isinstance(caught.value.__cause__, MPI.Exception)
     print("checked", flush=True)
 

@@ -153,7 +153,7 @@ def test_several_optimizers_groups_and_schedules_go_together() -> None:
 def test_buckets_are_bounded_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "BUCKET", 100_000)
     sizes: list[int] = []
-    for method in ("gather", "sum_parts"):
+    for method in ("gather", "exchange"):
         plain = getattr(ThreadGroup, method)
 
         def noted(group: Any, values: Any, plain: Any = plain) -> Any:

@@ -23,20 +23,15 @@ class ThreadGroup:
         self._places, self._barrier = places, barrier
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        return np.stack(self._exchange(values.copy()))
+        return np.stack(self._pass_round(values.copy()))
 
     def gather_messages(self, message: bytes) -> list[bytes]:
-        return self._exchange(message)
+        return self._pass_round(message)
 
-    def sum_parts(self, parts: np.ndarray) -> np.ndarray:
-        first, *others = (every[self.rank] for every in self._exchange(parts.copy()))
-        total = first.copy()
-        with np.errstate(all="ignore"):
-            for part in others:
-                total += part
-        return total
+    def exchange(self, parts: np.ndarray) -> np.ndarray:
+        return np.stack([every[self.rank] for every in self._pass_round(parts.copy())])
 
-    def _exchange(self, mine: Any) -> list[Any]:
+    def _pass_round(self, mine: Any) -> list[Any]:
         self._places[self.rank] = mine
         try:
             self._barrier.wait()

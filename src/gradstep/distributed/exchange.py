@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gradstep.distributed.collective import sum_parts
 from gradstep.distributed.group import Array, Group
 from gradstep.distributed.partition import Portion
 
@@ -90,7 +91,7 @@ class Averaging:
                     parts[rank, at : at + stop - start] = flat(name, start, stop)
             except Exception as error:
                 problem = error
-            total = self._group.sum_parts(parts) if self._group.size > 1 else parts[0]
+            total = sum_parts(self._group, parts) if self._group.size > 1 else parts[0]
             mine = self.averaged[low:high]
             with np.errstate(all="ignore"):
                 np.divide(total[: len(mine)], self._group.size, out=mine)

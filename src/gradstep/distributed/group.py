@@ -31,11 +31,8 @@ class Group(Protocol):
         """The messages of all ranks, of any length, by rank."""
         ...
 
-    def sum_parts(self, parts: Array) -> Array:
-        """Row `rank` of the sum of all ranks' `parts`, float32 or float64 with a row for each rank.
-
-        Every rank gets the sum of its own row alone. Ranks are added in their order, whatever the library.
-        """
+    def exchange(self, parts: Array) -> Array:
+        """Send row r of `parts` to rank r, which gets the rows sent to it, stacked by rank; dtypes as in `gather`."""
         ...
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstep.distributed.collective import GATHERING, SUMMING, communication_error, gather_messages, sum_by_rank
+from gradstep.distributed.collective import EXCHANGING, GATHERING, communication_error, gather_messages
 from gradstep.distributed.group import Array
 from gradstep.errors import ConfigurationError
 
@@ -53,11 +53,11 @@ class MpiGroup:
         """See `Group.gather_messages`."""
         return gather_messages(self.gather, message)
 
-    def sum_parts(self, parts: Array) -> Array:
-        """See `Group.sum_parts`. An all-to-all is no slower than MPI's reduce_scatter, and its order is ours."""
-        received = np.empty_like(parts)
-        self._run(SUMMING, self._communicator.Ialltoall, parts, received)
-        return sum_by_rank(received)
+    def exchange(self, parts: Array) -> Array:
+        """See `Group.exchange`."""
+        received = np.empty_like(parts, order="C")
+        self._run(EXCHANGING, self._communicator.Ialltoall, parts, received)
+        return received
 
     def _run(self, doing: str, operation: Any, values: Array, to: Array) -> None:
         started = time.monotonic()

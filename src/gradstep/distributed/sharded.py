@@ -104,7 +104,7 @@ class Sharded(Wrapper):
         ...     name, rank, size = "nobody else", 0, 1
         ...     def gather(self, values): return values[None]
         ...     def gather_messages(self, message): return [message]
-        ...     def sum_parts(self, parts): return parts[0]
+        ...     def exchange(self, parts): return parts
         >>> opt, params = gs.Sharded(gs.SGD(0.5), Alone()), {"w": np.zeros(2, np.float32)}
         >>> opt.apply_gradients({"w": np.array([1, 2], np.float32)}, params)
         {'w': array([-0.5, -1. ], dtype=float32)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstep.distributed.collective import GATHERING, SUMMING, communication_error, gather_messages, sum_by_rank
+from gradstep.distributed.collective import EXCHANGING, GATHERING, communication_error, gather_messages
 from gradstep.distributed.group import Array
 from gradstep.errors import CommunicationError, ConfigurationError
 
@@ -41,16 +41,16 @@ class TorchGroup:
         """See `Group.gather_messages`."""
         return gather_messages(self.gather, message)
 
-    def sum_parts(self, parts: Array) -> Array:
-        """See `Group.sum_parts`. Gloo's reduce_scatter is an all-reduce, which sends and adds twice as much."""
-        received = np.empty_like(parts)
-        self._run(SUMMING, distributed.all_to_all_single, received, parts)
-        return sum_by_rank(received)
+    def exchange(self, parts: Array) -> Array:
+        """See `Group.exchange`."""
+        received = np.empty_like(parts, order="C")
+        self._run(EXCHANGING, distributed.all_to_all_single, received, parts)
+        return received
 
     def _run(self, doing: str, operation: Callable[..., object], to: Array, values: Array) -> None:
         started, group = time.monotonic(), self._group()
         if group is None:
-            raise CommunicationError("the process group has been destroyed; make a Sharded optimizer with a new one")
+            raise CommunicationError("the process group has been destroyed; make a new one, and an optimizer with it")
         try:
             operation(_lend(to), _lend(values), group=group)
         except RuntimeError as error:
