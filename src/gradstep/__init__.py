@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from gradstep.checkpoint.checkpoint_file import latest, load
     from gradstep.checkpoint.differences import Difference
     from gradstep.clip import clip_grad_norm
+    from gradstep.distributed.diloco import DiLoCo, OuterReport
     from gradstep.distributed.sharded import Sharded
     from gradstep.gradients import value_and_grad
     from gradstep.multi import MultiOptimizer
@@ -71,6 +72,7 @@ __all__ = [
     "CommunicationError",
     "ConfigurationError",
     "DeviceError",
+    "DiLoCo",
     "Difference",
     "DtypeError",
     "DuplicateNameError",
@@ -85,6 +87,7 @@ __all__ = [
     "NonFiniteScalarError",
     "Optimizer",
     "OutOfRangeError",
+    "OuterReport",
     "RMSprop",
     "ReadOnlyError",
     "Report",
@@ -127,7 +130,7 @@ __all__ = [
 
 _LATE = {
     "Accumulate": "accumulate", "MemoryBill": "step.bill", "MultiOptimizer": "multi", "clip_grad_norm": "clip",
-    "Sharded": "distributed.sharded",
+    "DiLoCo": "distributed.diloco", "OuterReport": "distributed.diloco", "Sharded": "distributed.sharded",
     "rule": "rules.custom", "set_num_threads": "program.threads", "value_and_grad": "gradients",
     "cosine_decay": "schedules", "exponential_decay": "schedules", "join_schedules": "schedules",
     "linear_schedule": "schedules", "step_decay": "schedules",

@@ -4,12 +4,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
-
 from gradstep.arrays.library import OTHER, Library, Watch, owner, recognise
 from gradstep.arrays.memory import axis_order
 from gradstep.arrays.stored import Stored
-from gradstep.errors import ArgumentTypeError, ConfigurationError, OutOfRangeError
+from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Optimizer, StepArguments, checked_scale, pick
 from gradstep.options import thawed
@@ -23,7 +21,7 @@ from gradstep.step.intake import Intake, check_stored_sum, check_sum
 from gradstep.step.match import check_parameter
 from gradstep.step.scalars import Scales
 from gradstep.tree import named_arrays
-from gradstep.wrapper import Wrapper
+from gradstep.wrapper import Wrapper, checked_every
 
 Params = TypeVar("Params")
 
@@ -80,11 +78,9 @@ class Accumulate(Wrapper):
                 f"{optimizer!r} accumulates already; multiply the numbers instead: "
                 f"Accumulate(…, every={optimizer.every} * {every!r})"
             )
-        if isinstance(every, bool) or not isinstance(every, (int, np.integer)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentTypeError(f"every must be an integer, the number of micro-batches in a step, got {every!r}")
-        if every < 1:
-            raise OutOfRangeError(f"every must be at least 1, got {every}")
-        self._inner, self._every, self._round = optimizer, int(every), Round()
+        optimizer._check_inside("Accumulate")
+        self._inner, self._round = optimizer, Round()
+        self._every = checked_every(every, "micro-batches in a step")
         self._adders = Adder(), Adder()  # each keeps one plan: for the first call of a round, and for the others
         self._register()
 

@@ -4,6 +4,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import numpy as np
+
+from gradstep.errors import ArgumentTypeError, OutOfRangeError
 from gradstep.optimizer import OWN, Optimizer
 from gradstep.persistence import Loading
 from gradstep.report import Rate, Report
@@ -104,3 +107,13 @@ class Wrapper(Optimizer):
                 object.__setattr__(self, name, value)
             else:
                 setattr(self._inner, name, value)
+
+
+def checked_every(every: object, of: str) -> int:
+    """The number `every`, or an error that says what it must be."""
+    if isinstance(every, bool) or not isinstance(every, (int, np.integer)):
+        raise ArgumentTypeError(f"every must be an integer, the number of {of}, got {every!r}")
+    number = int(cast("int", every))
+    if number < 1:
+        raise OutOfRangeError(f"every must be at least 1, got {number}")
+    return number

@@ -38,6 +38,29 @@ def sum_by_rank(received: Array) -> Array:
     return total
 
 
+class Counted:
+    """A group, and how many bytes this rank has sent to others; its small messages too."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.sent = group, 0
+        self.rank, self.size, self.name = group.rank, group.size, group.name
+
+    def gather(self, values: Array) -> Array:
+        """See `Group.gather`."""
+        self.sent += values.nbytes * (self.size - 1)
+        return self.group.gather(values)
+
+    def gather_messages(self, message: bytes) -> list[bytes]:
+        """See `Group.gather_messages`."""
+        self.sent += len(message) * (self.size - 1)
+        return self.group.gather_messages(message)
+
+    def exchange(self, parts: Array) -> Array:
+        """See `Group.exchange`."""
+        self.sent += parts.nbytes // self.size * (self.size - 1)
+        return self.group.exchange(parts)
+
+
 def communication_error(
     doing: str, rank: int, size: int, library: str, waited: float, why: object
 ) -> CommunicationError:

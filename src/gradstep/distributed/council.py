@@ -35,10 +35,11 @@ class Council:
 
     Args:
         group: the ranks.
+        of: what they step, for errors.
     """
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, group: Group, of: str) -> None:
+        self._group, self._of = group, of
 
     def attempt(self, body: Callable[[], Result], said: Callable[[Result], Said] | None = None) -> Result:
         """Do on every rank what may fail on some; all of them return, or all of them raise the same error.
@@ -84,7 +85,7 @@ class Council:
                 for rank in (0, other)
             )
             raise ConfigurationError(
-                f"{what}: {first}, but {second}; the ranks of a Sharded optimizer take the same step: give all "
+                f"{what}: {first}, but {second}; the ranks of {self._of} take the same step: give all "
                 "of them the same parameters and hyperparameters, and run the same code"
             )
 

@@ -139,7 +139,7 @@ class Sharded(Wrapper):
                 "anew: optimizer.init({})"
             )
         self._inner, self._group = optimizer, group_of(group, timeout)
-        self._council, self._partition = Council(self._group), Partition(self._group.size)
+        self._council, self._partition = Council(self._group, "a Sharded optimizer"), Partition(self._group.size)
         self._planned_step, self._compared, self._half_loaded, self._begun = None, False, False, 0
         self._register()
 

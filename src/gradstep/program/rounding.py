@@ -68,6 +68,18 @@ def widened(stored: np.ndarray[Any, Any], dtype: str, compute: str) -> np.ndarra
     return stored.astype(compute, copy=False)
 
 
+def narrowed(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """The reverse of `widened`: rounded to nearest, with ties to even."""
+    with np.errstate(all="ignore"):
+        if dtype == "float16":
+            return values.astype(np.float16).view(np.uint16)
+        if dtype != "bfloat16":
+            return values.astype(dtype, copy=False)
+        bits = values.view(np.uint32)
+        rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+        return np.where(values == values, rounded, np.uint32(0x7FC0)).astype(np.uint16)
+
+
 def round_at_random(on: WordOperations, x: Any, dtype: str, words: Any) -> Any:
     """Float32 numbers rounded up or down to numbers that `dtype` holds exactly."""
     w, bits = on.word, on.bits(x)

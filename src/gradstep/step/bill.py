@@ -30,12 +30,14 @@ class MemoryBill:
             gradients laid out like their parameters. 0 for JAX and MLX, which have temporaries of their own;
             what donated arrays take on the CPU is not counted.
         sums: the sums of micro-batches; 0 without `Accumulate`.
+        anchors: copies of parameters at the last outer step, and what the wire owes; 0 without `DiLoCo`.
     """
 
     slots: int = 0
     masters: int = 0
     scratch: int = 0
     sums: int = 0
+    anchors: int = 0
 
     @property
     def total(self) -> int:
