@@ -139,7 +139,7 @@ class TestNarrowWires:
         results = run_in_threads(ranks, work)
         for w, true in results:
             assert_same_bits(w, results[0][0])
-            # The largest change is about 4.5, with what was lost; half a quantum of the changes, and one half of averages.
+            # Changes are below 5: half a quantum of theirs is lost, and half of one of their average.
             quantum = 5.0 / 127 if wire == "int8" else 4 * 2.0**-8
             assert np.abs(w - true).max() <= quantum
             assert np.abs(w - true).max() > quantum / 100
@@ -287,13 +287,14 @@ class TestMembership:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_a_rank_falls_out_and_the_others_go_on(self, dtype: str) -> None:
-        smaller, fewer = [None, None], threading.Barrier(2, timeout=20)
+        smaller, fewer, arrived = [None, None], threading.Barrier(2, timeout=20), threading.Barrier(3, timeout=20)
 
         def work(group: ThreadGroup) -> Any:
             opt = gs.DiLoCo(gs.SGD(0.1), every=2, group=group, wire="bfloat16")
             params = arrays(0, dtype)
             for step in range(2):
                 opt.apply_gradients(arrays((step, group.rank)), params)
+            arrived.wait()
             if group.rank == 2:
                 opt.apply_gradients(arrays((2, group.rank)), params)
                 group._barrier.abort()
@@ -396,8 +397,8 @@ class TestWhatOneRankFinds:
 
         said = self.said(self.make, spoil)
         assert re.match(
-            r"ConfigurationError: the values of params\['odd'\] by their CRC-32 \(seed all ranks alike, or send those of "
-            r"rank 0 to the others\): \w{8} on rank 0, but \w{8} on rank 1; the ranks of a DiLoCo optimizer take",
+            r"ConfigurationError: the values of params\['odd'\] by their CRC-32 \(seed all ranks alike, or send those "
+            r"of rank 0 to the others\): \w{8} on rank 0, but \w{8} on rank 1; the ranks of a DiLoCo optimizer take",
             said,
         )
 
@@ -416,12 +417,21 @@ class TestWhatOneRankFinds:
         assert "the outer optimizer's learning_rate: 0.5 on rank 0, but 1.5 on rank 1" in said
 
     def test_a_schedule_that_fails(self) -> None:
-        def make(group: ThreadGroup) -> Any:
-            return self.make(group, outer=gs.SGD(lambda step: float("nan") if group.rank == 1 and opened else 0.5))
+        def work(group: ThreadGroup) -> str:
+            rate = [0.5, float("nan") if group.rank == 1 else 0.5]
+            opt, params = self.make(group, outer=gs.SGD(lambda step: rate[step])), arrays(0)
+            opt.apply_gradients(arrays((0, group.rank)), params)
+            anchors = copied(opt.anchors)
+            with pytest.raises(gs.NonFiniteScalarError) as caught:
+                opt.apply_gradients(arrays((1, group.rank)), params)
+            assert_equal(opt.anchors, anchors)
+            rate[1] = 0.5
+            opt.outer_step(params)
+            assert_equal(params, opt.anchors)
+            return re.sub(" at 0x.*?>", ">", str(caught.value))
 
-        opened: list[bool] = []
-        said = self.said(make, lambda *_: opened.append(True))
-        assert said.startswith("NonFiniteScalarError: rank 1: SGD's learning_rate")
+        (said,) = set(run_in_threads(3, work))
+        assert said.startswith("rank 1: SGD's learning_rate: at step 1 the schedule")
 
     def test_a_parameter_that_only_some_have(self) -> None:
         def work(group: ThreadGroup) -> str:
@@ -461,7 +471,7 @@ class TestWhatOneRankFinds:
         def work(group: ThreadGroup) -> str:
             opt, params = self.make(group, every=2, wire=wire, outer=gs.SGD(1.0, nonfinite="raise")), arrays(0)
             spoil(opt, group.rank, params)
-            with pytest.raises(gs.NonFiniteGradientError, match="hold NaN or infinity: odd"):
+            with pytest.raises(gs.NonFiniteGradientError, match=r"hold NaN or infinity: .*odd"):
                 opt.apply_gradients({"odd": np.zeros(1001, np.float32)}, params)
             assert opt.outer_due and opt.outer_report is None
             assert_equal(opt.anchors, arrays(0))
@@ -491,7 +501,7 @@ class TestWhatOneRankFinds:
             return params["w"].tolist(), opt.outer_report.norm, opt.outer.report.grad_norm
 
         for w, norm, seen in run_in_threads(2, work):
-            np.testing.assert_allclose(w, -0.25)
+            np.testing.assert_allclose(w, -0.25, 1e-5)
             assert norm == pytest.approx(1.0)
             assert seen == pytest.approx(1.0)
 
@@ -555,6 +565,7 @@ class TestWhatIsInside:
         """Four ranks at two sites: 0 and 1, 2 and 3; those at the same place of their sites exchange changes."""
         sites = [([None] * 2, threading.Barrier(2, timeout=20)) for _ in range(2)]
         across = [([None] * 2, threading.Barrier(2, timeout=20)) for _ in range(2)]
+        arrived = threading.Barrier(4, timeout=20)
 
         def work(group: ThreadGroup) -> Any:
             site, place = divmod(group.rank, 2)
@@ -564,6 +575,7 @@ class TestWhatIsInside:
                 opt.apply_gradients(arrays((step, group.rank)), params)
             last = copied(params)
             opt.apply_gradients(arrays((9, group.rank)), params)
+            arrived.wait()
             if group.rank == 1:
                 across[1][1].abort()
             before = copied(opt.anchors)
