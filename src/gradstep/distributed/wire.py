@@ -1,6 +1,7 @@
 """How changes travel: as they are, in bfloat16, or in 8 bits with a scale for each block."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from gradstep.program.formats import QUANTUM
 from gradstep.program.rounding import narrowed, widened
 
 LARGEST = 127  # of the codes of 8 bits
+CHUNK = 1 << 16  # numbers that are rounded at once: temporaries stay in the cache
 
 
 class Wire(ABC):
@@ -46,11 +48,18 @@ class Bfloat16(Wire):
 
     def encode(self, values: Array) -> Array:
         """See `Wire.encode`."""
-        return narrowed(values.astype(np.float32, copy=False), "bfloat16").view(np.uint8)
+        sent = np.empty(values.shape, np.uint16)
+        for place in _chunks(values):
+            sent[place] = narrowed(values[place].astype(np.float32, copy=False), "bfloat16")
+        return sent.view(np.uint8)
 
     def decode(self, received: Array, dtype: Any) -> Array:
         """See `Wire.decode`."""
-        return widened(received.view(np.uint16), "bfloat16", np.dtype(dtype).name)
+        bits = received.view(np.uint16)
+        values = np.empty(bits.shape, dtype)
+        for place in _chunks(values):
+            values[place] = widened(bits[place], "bfloat16", "float32")
+        return values
 
 
 class Int8(Wire):
@@ -62,20 +71,35 @@ class Int8(Wire):
     def encode(self, values: Array) -> Array:
         """See `Wire.encode`."""
         rows, length = values.shape
-        blocks = values.astype(np.float32, copy=False).reshape(rows, -1, QUANTUM)
-        scales = np.maximum(blocks.max(axis=2), -blocks.min(axis=2)) / np.float32(LARGEST)
-        scales[scales < np.finfo(np.float32).tiny] = 0  # of less than that, quotients are too coarse
-        units = blocks / np.where(scales == 0, np.float32(np.inf), scales)[:, :, None]
-        codes = np.rint(units, out=units).astype(np.int8).view(np.uint8)
-        return np.concatenate([codes.reshape(rows, length), scales.view(np.uint8)], axis=1)
+        codes, scales = np.empty((rows, length), np.int8), np.empty((rows, length // QUANTUM), np.float32)
+        for row, places in _chunks(values):
+            blocks = values[row, places].astype(np.float32, copy=False).reshape(-1, QUANTUM)
+            scale = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(LARGEST)
+            scale[scale < np.finfo(np.float32).tiny] = 0  # of less than that, quotients are too coarse
+            units = blocks / np.where(scale == 0, np.float32(np.inf), scale)[:, None]
+            codes[row, places] = np.rint(units, out=units).reshape(-1)
+            scales[row, places.start // QUANTUM : places.start // QUANTUM + len(scale)] = scale
+        return np.concatenate([codes.view(np.uint8), scales.view(np.uint8)], axis=1)
 
     def decode(self, received: Array, dtype: Any) -> Array:
         """See `Wire.decode`."""
         rows, width = received.shape
         length = width * QUANTUM // (QUANTUM + 4)
-        codes = received[:, :length].view(np.int8).reshape(rows, -1, QUANTUM)
-        scales = np.ascontiguousarray(received[:, length:]).view(np.float32)
-        return (codes * scales[:, :, None]).reshape(rows, length).astype(dtype, copy=False)
+        codes, scales = received[:, :length].view(np.int8), np.ascontiguousarray(received[:, length:]).view(np.float32)
+        values = np.empty((rows, length), dtype)
+        for row, places in _chunks(values):
+            blocks = codes[row, places].reshape(-1, QUANTUM)
+            scale = scales[row, places.start // QUANTUM : places.start // QUANTUM + len(blocks)]
+            values[row, places] = (blocks * scale[:, None]).reshape(-1)
+        return values
+
+
+def _chunks(values: Array) -> Iterator[tuple[int, slice]]:
+    """The rows and places of chunks of all rows."""
+    rows, length = values.shape
+    for row in range(rows):
+        for low in range(0, length, CHUNK):
+            yield row, slice(low, low + CHUNK)
 
 
 WIRES: dict[str, Wire] = {"float32": Exact(), "bfloat16": Bfloat16(), "int8": Int8()}
