@@ -8,6 +8,7 @@ import numpy as np
 
 from gradstep.arrays.library import numpy_library
 from gradstep.distributed.group import Array
+from gradstep.program.blocks import sum_of_squares
 from gradstep.settings import Settings
 from gradstep.step.leaf import Leaf
 
@@ -73,7 +74,9 @@ class OuterState:
         return [(leaf, leaf.settings, leaf.entries, leaf.steps, leaf.step) for leaf in self._leaves]
 
     def go_back(self, kept: Sequence[Kept]) -> None:
-        """Have the state that was kept."""
+        """Have the state that was kept, if another has been adopted since."""
+        if all(leaf.entries is entries for leaf, _, entries, _, _ in kept):
+            return
         self._go_on_from(kept[0][-1])
         for leaf, settings, entries, steps, step in kept:
             leaf.restore(settings, entries, steps, step, None)
@@ -81,7 +84,5 @@ class OuterState:
 
 def norm(arrays: Iterable[Array]) -> float:
     """The Euclidean norm of arrays together, the same bits on all ranks."""
-    from gradstep.program.blocks import sum_of_squares
-
     with np.errstate(all="ignore"):
         return float(np.sqrt(sum(sum_of_squares(array) for array in arrays)))
