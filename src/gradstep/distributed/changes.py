@@ -82,8 +82,9 @@ def average(
         sent = wire.encode(part)
         if lost is not None and rank in members:
             np.subtract(part, wire.decode(sent, layout.dtype), out=lost[:, low : low + places])
-        received = group.exchange(sent)[list(members)]
-        mean = sum_by_rank(wire.decode(received, layout.dtype)) / rows.dtype.type(len(members))
+        received = group.exchange(sent)
+        decoded = [wire.decode(received[member : member + 1], layout.dtype)[0] for member in members]
+        mean = sum_by_rank(decoded) / rows.dtype.type(len(members))
         if owed is not None:
             mean += owed[low : low + places]
         sent = wire.encode(mean[None])

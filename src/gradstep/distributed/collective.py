@@ -1,7 +1,7 @@
 """What the groups share: messages by way of arrays, sums in the order of the ranks, and the error of a lost rank."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def sum_parts(group: Group, parts: Array) -> Array:
     return sum_by_rank(group.exchange(parts))
 
 
-def sum_by_rank(received: Array) -> Array:
+def sum_by_rank(received: Sequence[Array] | Array) -> Array:
     """The sum of the rows, added one after the other: the same bits from every library."""
     total = received[0].copy()
     with np.errstate(all="ignore"):
