@@ -160,7 +160,8 @@ class Accumulate(Wrapper):
         scale, wanted, named = checked_scale(grad_scale), self._name_grads(grads), self._name_params(params)
         _ = pick(named, list(wanted))  # a gradient without parameter is an error, also where that would be frozen
         wanted = thawed(wanted, self._inner.frozen)
-        sums, seen = self._sums_for(wanted, named)
+        wanted, here = self._inner._parts(wanted, named)
+        sums, seen = self._sums_for(wanted, named, here)
         adder = self._adders[self._round.count > 0]
         adder.nonfinite = "raise" if self._inner._nonfinite_of_parts == "raise" else "allow"
 
@@ -173,21 +174,28 @@ class Accumulate(Wrapper):
 
     def _ending(self, grads: object, params: object, grad_scale: float) -> StepArguments:
         """The step with the sums and the last micro-batch."""
-        scale, wanted = checked_scale(grad_scale), self._name_grads(grads)
+        scale, named = checked_scale(grad_scale), self._name_params(params)
+        wanted, _ = self._inner._parts(self._name_grads(grads), named)
         sums = thawed(self._round.sums, self._inner.frozen)
         lacking = frozenset(sums.keys() - wanted.keys())
         intake = Intake(scaled=True, sums=sums, lacking=lacking, done=self._round.close)
         stand_ins = {name: array for name, array in sums.items() if name in lacking}
         return StepArguments({**wanted, **stand_ins}, params, Scales(1 / self._every, scale), intake)
 
-    def _sums_for(self, wanted: Mapping[str, Any], named: Mapping[str, Any]) -> "tuple[dict[str, Any], Seen]":
-        """An array for the sum of each gradient: the one there is, one of an earlier round, or a new one."""
-        chosen, held = pick(named, list(wanted)), self._round.spare | self._round.sums
+    def _sums_for(
+        self, wanted: Mapping[str, Any], named: Mapping[str, Any], here: Mapping[str, Any]
+    ) -> "tuple[dict[str, Any], Seen]":
+        """An array for the sum of each gradient: the one there is, one of an earlier round, or a new one.
+
+        `here` are the parts of parameters that are on this rank.
+        """
+        chosen, held = pick(here, list(wanted)), self._round.spare | self._round.sums
         seen = self._seen
         if seen is None or not seen.shows(list(wanted), chosen):
             parameters = dict(zip(wanted, chosen, strict=True))
             library = recognise(params=parameters, grads=wanted)
-            self._inner._assign_known(parameters)  # what the step would refuse for its name belongs here
+            # What the step would refuse for its name belongs here.
+            self._inner._assign_known({name: named[name] for name in wanted})
             self._inner._known_names |= named.keys()
             if library.in_place is False:
                 refuse_tracing(library, chosen)
@@ -256,7 +264,7 @@ class Accumulate(Wrapper):
             return own
         named = thawed(named_arrays(params, "params"), self._inner.frozen)
         return own + self._exclusively(
-            lambda: sums_bill(named, self._inner._assign(named, remember=False), self._every)
+            lambda: sums_bill(self._inner._parts({}, named)[1], self._inner._assign(named, remember=False), self._every)
         )
 
     def init(self, params: object) -> None:

@@ -91,6 +91,12 @@ class Optimizer(Persistent, Options, ABC):
     def _check_inside(self, outer: str) -> None:
         """Raise `ConfigurationError` if it cannot be inside of an optimizer of this class."""
 
+    def _parts(
+        self, grads: Mapping[str, Any], params: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """What is here of gradients and parameters; others may be elsewhere."""
+        return grads, params
+
     @property
     def _nonfinite_of_parts(self) -> Policy:
         """What a gradient that is not finite means while a round is added up."""
@@ -554,11 +560,17 @@ class PlanKey(NamedTuple):
 
 
 class Kept:
-    """Parameters that get no gradient, and lie apart from those that are written."""
+    """Parameters that get no gradient, and lie apart from those that are written; `part` gives what is here of one."""
 
-    def __init__(self, library: MemoryLibrary, named: Mapping[str, Any], names: list[str]) -> None:
-        self._names = names
-        arrays = [named[name] for name in names]
+    def __init__(
+        self,
+        library: MemoryLibrary,
+        named: Mapping[str, Any],
+        names: list[str],
+        part: Callable[[Any], Any] = lambda array: array,
+    ) -> None:
+        self._names, self._part = names, part
+        arrays = [part(named[name]) for name in names]
         self._watch = library.watch(arrays)
         self._watch.locate(arrays)
         self._addresses = self._watch.addresses.copy()
@@ -567,7 +579,7 @@ class Kept:
         """Whether they lie where they lay."""
         if not self._names:
             return True
-        found = self._watch.locate([named[name] for name in self._names])
+        found = self._watch.locate([self._part(named[name]) for name in self._names])
         return found != OTHER and np.array_equal(self._watch.addresses, self._addresses)
 
 

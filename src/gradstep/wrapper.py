@@ -69,6 +69,11 @@ class Wrapper(Optimizer):
     def _route(self, params: Mapping[str, Any], *, remember: bool = True) -> list[tuple[Leaf, list[str]]]:
         return self._inner._route(params, remember=remember)
 
+    def _parts(
+        self, grads: Mapping[str, Any], params: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        return self._inner._parts(grads, params)
+
     def _titles(self) -> list[str]:
         return self._inner._titles()
 

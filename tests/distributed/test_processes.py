@@ -36,6 +36,22 @@ COMMANDS = [
 ]
 
 
+def test_the_fsdp_example_keeps_a_part_of_the_state_on_each_rank() -> None:
+    command = "torchrun --nproc-per-node 2 examples/fsdp_digits.py"
+    assert command.replace("2", "4") in (ROOT / "docs/guide.md").read_text()
+    program, *arguments = command.split()
+    found = shutil.which(program, path=Path(sys.executable).parent)
+    assert found is not None
+    ended = subprocess.run(
+        [found, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = re.findall(r"recognised: (\S+)%, state on this rank: (\S+) bytes", ended.stdout)
+    assert len(told) == 2
+    assert min(float(share) for share, _ in told) > 85
+    assert sum(int(number.replace(",", "")) for _, number in told) == 8 * (65 * 256 + 257 * 256 + 257 * 10)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     "command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=needs_mpi)], ids=["torchrun", "mpiexec"]

@@ -89,6 +89,11 @@ class Torch:
             raise DtypeError(f"{what} has dtype {array.dtype}; {EXPECTED}: convert it with .float()")
         if array.is_neg() or array.is_conj():
             raise ArgumentTypeError(f"{what} is a lazily negated view; materialise it with .resolve_neg()")
+        if hasattr(array, "device_mesh"):
+            raise ArgumentTypeError(
+                f"{what} is a DTensor, a shard of a tensor on several processes; gs.Sharded(opt, group) steps these, "
+                "with the process group of all ranks that share the model: torch.distributed.group.WORLD"
+            )
         if hasattr(array, "fake_mode"):
             raise TracingError(_without_memory(what, array))
         try:

@@ -1,7 +1,7 @@
-"""Gradients averaged and parameters spread among ranks, in buckets of bounded size."""
+"""Gradients averaged, parameters spread and shards delivered among ranks, in buckets of bounded size."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -43,7 +43,11 @@ class Shelf:
         """Cut all rows into slices of so many places: first and last place, and what lies there with its rank."""
         for low in range(0, max(self.lengths), places):
             high = min(low + places, max(self.lengths))
-            yield low, high, [(rank, cut) for rank, row in enumerate(self.rows) for cut in _cut(row, low, high)]
+            yield low, high, self.between(low, high)
+
+    def between(self, low: int, high: int) -> list[tuple[int, Stretch]]:
+        """What lies between two places of all rows, with its rank."""
+        return [(rank, cut) for rank, row in enumerate(self.rows) for cut in _cut(row, low, high)]
 
 
 def _cut(row: Sequence[Stretch], low: int, high: int) -> Iterator[Stretch]:
@@ -121,3 +125,53 @@ class Spreading:
             for rank, (name, start, stop, at) in stretches:
                 if rank != group.rank:
                     flat[name][start:stop] = everybody[rank, at : at + stop - start]
+
+
+class Letter(NamedTuple):
+    """So many bytes of a parameter, which one rank has and another one gets."""
+
+    name: str
+    sender: int
+    receiver: int
+    size: int
+
+
+Bytes: TypeAlias = Mapping[tuple[str, int], Array]
+"""Flat arrays of bytes by parameter and by the other rank."""
+
+
+class Delivery:
+    """Brings to each rank what others have for it alone.
+
+    Args:
+        group: the ranks.
+        letters: of all ranks, the same list everywhere.
+    """
+
+    def __init__(self, group: Group, letters: Sequence[Letter]) -> None:
+        self._group = group
+        lengths = np.zeros((group.size, group.size), np.int64)
+        for letter in letters:
+            lengths[letter.sender, letter.receiver] += letter.size
+        self._length = int(lengths.max())
+        sent: dict[str, list[Portion]] = {}
+        received: dict[str, list[Portion]] = {}
+        for name, sender, receiver, size in letters:
+            if sender == group.rank:
+                sent.setdefault(name, []).append(Portion(receiver, 0, size))
+            if receiver == group.rank:
+                received.setdefault(name, []).append(Portion(sender, 0, size))
+        self._sent, self._received = (Shelf(group.size, some, lambda _: 1) for some in (sent, received))
+        self._places = max(BUCKET // group.size, 1)
+        self._bucket: Array = np.zeros((group.size, min(self._places, self._length)), np.uint8)
+
+    def deliver(self, sent: Bytes, received: Bytes) -> None:
+        """Exchange all letters: read what this rank sends, and write what it receives."""
+        for low in range(0, self._length, self._places):
+            high = min(low + self._places, self._length)
+            rows = np.ascontiguousarray(self._bucket[:, : high - low])
+            for rank, (name, start, stop, at) in self._sent.between(low, high):
+                rows[rank, at : at + stop - start] = sent[name, rank][start:stop]
+            came = self._group.exchange(rows)
+            for rank, (name, start, stop, at) in self._received.between(low, high):
+                received[name, rank][start:stop] = came[rank, at : at + stop - start]

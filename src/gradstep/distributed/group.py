@@ -36,6 +36,14 @@ class Group(Protocol):
         ...
 
 
+@runtime_checkable
+class MeshGroup(Group, Protocol):
+    """A group whose ranks are known by other numbers too, those that meshes of DTensors use."""
+
+    members: tuple[int, ...]
+    """The ranks, as `torch.distributed` numbers them in all."""
+
+
 def group_of(group: object, timeout: float | None = None) -> Group:
     """The group behind a communicator: a process group of `torch.distributed`, or a communicator of mpi4py.
 

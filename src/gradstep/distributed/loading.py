@@ -13,6 +13,7 @@ from gradstep.checkpoint.snapshot import State, checked_arrays, snapshot
 from gradstep.checkpoint.tensors import Tensors
 from gradstep.checkpoint.wants import WantInMemory
 from gradstep.distributed.council import Council, Facts, Said, word_of
+from gradstep.distributed.dtensors import is_dtensor, unsaved
 from gradstep.distributed.group import Group
 from gradstep.distributed.partition import Partition
 from gradstep.distributed.saving import forms_of
@@ -20,6 +21,7 @@ from gradstep.distributed.sharded_step import extent_of, unsharded
 from gradstep.errors import ConfigurationError
 from gradstep.optimizer import Optimizer
 from gradstep.persistence import Loading
+from gradstep.tree import named_arrays
 
 
 class Source(NamedTuple):
@@ -65,6 +67,8 @@ def _read(whole: Optimizer, source: Source, loading: Loading, group: Group, part
             "a Sharded optimizer loads the part of the state that will be its own, which depends on the "
             "parameters: pass params to overwrite them too, or like=params"
         )
+    if any(map(is_dtensor, named_arrays(likes, "params").values())):
+        raise unsaved("these parameters are")
     named = checked_arrays(likes, "params" if loading.like is None else "like")
     library = recognise(params=named)
     if library.in_place is False:

@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 import numpy as np
 
 from gradstep.arrays.library import MemoryLibrary, recognise
+from gradstep.distributed.census import Census
 from gradstep.distributed.council import Council, Facts, Said, word_of
+from gradstep.distributed.dtensors import gradient_parts, is_dtensor, part_of, parts_of, unsaved
 from gradstep.distributed.group import Array, Group, group_of
 from gradstep.distributed.partition import Partition
-from gradstep.distributed.sharded_step import (
-    Routes,
-    ShardedPlan,
-    exchange_bytes,
-    extents_of,
-    portion_of,
-    unsharded,
-    values_of,
-)
+from gradstep.distributed.placed_step import PlacedPlan, mesh_group, owned_extents, placed_bill
+from gradstep.distributed.rank_plan import RankPlan, Routes
+from gradstep.distributed.sharded_step import ShardedPlan, exchange_bytes, extents_of, portion_of, unsharded
 from gradstep.errors import ArgumentTypeError, ConfigurationError
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Kept, Optimizer, PlanKey, StepArguments, nonfinite_error, pick
@@ -48,7 +44,7 @@ class Planned(NamedTuple):
     """A plan, what it was made for, and the partition that it needs."""
 
     key: PlanKey
-    plan: ShardedPlan
+    plan: RankPlan
     partition: Partition
     kept: Kept
 
@@ -76,6 +72,9 @@ class Sharded(Wrapper):
     `apply_gradients` together. Elementwise rules are cut through tensors, at multiples of 32768 elements; a tensor
     whose rule needs all of it, as those of Adafactor and Muon do, has one owner. Given the same averaged gradients,
     elementwise rules give the bits of one process for every number of ranks.
+
+    Where parameters are DTensors, of `fully_shard` or `parallelize_module`, their placements say who has what: nothing
+    is averaged, and each rank steps its shards in place. A tensor whose rule needs all of it goes to an owner and back.
 
     A step happens on all ranks or on none: what is found wrong on one, a shape, a schedule, a gradient that has no
     counterpart, is an error on all of them that names the rank, and nothing has changed. Whether gradients are finite
@@ -115,6 +114,7 @@ class Sharded(Wrapper):
     _mine: ClassVar[frozenset[str]] = Wrapper._mine | {
         "_group",
         "_council",
+        "_census",
         "_partition",
         "_planned_step",
         "_begun",
@@ -123,6 +123,7 @@ class Sharded(Wrapper):
     }
     _group: Group
     _council: Council
+    _census: Census | None  # of DTensors
     _partition: Partition
     _planned_step: Planned | None
     _compared: bool  # whether the values of parameters have been, with other ranks'
@@ -140,7 +141,8 @@ class Sharded(Wrapper):
             )
         self._inner, self._group = optimizer, group_of(group, timeout)
         self._council, self._partition = Council(self._group, "a Sharded optimizer"), Partition(self._group.size)
-        self._planned_step, self._compared, self._half_loaded, self._begun = None, False, False, 0
+        self._census, self._planned_step, self._begun = None, None, 0
+        self._compared = self._half_loaded = False
         self._register()
 
     @property
@@ -180,7 +182,8 @@ class Sharded(Wrapper):
 
         Raises:
             GradstepError: what is wrong on one rank, on all of them; nothing has changed.
-            ConfigurationError: ranks differ in parameters, hyperparameters or code; nothing has changed.
+            ConfigurationError: ranks differ in parameters, hyperparameters or code, or a DTensor is placed in a way
+                that the rule or its storage cannot work with; nothing has changed.
             CommunicationError: a rank is dead or silent. Where that happened after the step, while parameters were
                 brought to all ranks, they may differ: start again from a checkpoint.
         """
@@ -219,7 +222,7 @@ class Sharded(Wrapper):
         scales, intake = here.arguments.scales, here.arguments.intake
 
         def averaged() -> Array:
-            plan.average(here.wanted, intake, scales.micro)
+            plan.average(here.wanted, named, intake, scales.micro)
             return plan.norm.squares() if inner._inspects else np.zeros(0)
 
         squares = council.attempt(averaged)
@@ -244,7 +247,9 @@ class Sharded(Wrapper):
     def _planned_here(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> Planned:
         """The plan for these arrays, as far as this rank can tell: the last one, or a new one."""
         intake_of_plan = SCALED if intake.scaled else PLAIN  # sums join before
-        key, last = self._plan_key(wanted, named, intake_of_plan), self._planned_step
+        are_placed = any(map(is_dtensor, named.values()))
+        key = self._plan_key(wanted, named, intake if are_placed else intake_of_plan)
+        last = self._planned_step
         if last and last.key == key and last.plan.plan.published and last.kept.stayed(named):
             chosen = dict(zip(last.plan.names, pick(named, last.plan.names), strict=True))
             if last.plan.finds(chosen, wanted):
@@ -255,12 +260,20 @@ class Sharded(Wrapper):
         library = recognise(params=chosen, grads=wanted)
         if library.in_place is False:
             raise unsharded(library)
-        intake.check(library, chosen)
+        chosen_parts = parts_of(chosen)
+        intake.check(library, chosen_parts)
         others = {name: array for name, array in named.items() if name not in chosen}
-        kept = Kept(library, others, refuse_overlap(library, chosen, others))
+        kept = Kept(library, others, refuse_overlap(library, chosen_parts, parts_of(others)), part_of)
         routes = self._inner._assign_known(chosen)
-        partition = self._partition.extended(extents_of(library, routes, chosen))
-        plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, intake_of_plan)
+        if are_placed:
+            assert library.in_place is True
+            group = mesh_group(self._group, next(name for name, array in named.items() if is_dtensor(array)))
+            self._census = self._census or Census(group)
+            partition = self._partition.extended(owned_extents(routes, chosen))
+            plan = PlacedPlan(library, group, self._census, routes, partition, chosen, wanted, intake, intake_of_plan)
+        else:
+            partition = self._partition.extended(extents_of(library, routes, chosen))
+            plan = ShardedPlan(library, self._group, routes, partition, chosen, wanted, intake_of_plan)
         self._inner._known_names |= named.keys()
         return Planned(key, plan, partition, kept)
 
@@ -272,9 +285,14 @@ class Sharded(Wrapper):
         """The values of parameters that have not come before; at the first step and after loading of all others."""
         if planned.partition is self._partition and self._compared:
             return {}
-        if self._compared:
-            named = {name: named[name] for name in planned.plan.names if name not in self._partition}
-        return values_of(planned.plan.library, named)
+        return planned.plan.beginning(self._partition if self._compared else Partition(self._group.size), named)
+
+    def _parts(
+        self, grads: Mapping[str, Any], params: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        if not any(map(is_dtensor, params.values())):
+            return grads, params
+        return gradient_parts(grads, params), parts_of(params)
 
     def init(self, params: object) -> None:
         """Begin anew, on all ranks: no slots, which the next step makes, and `steps` at 0. `step` and schedules stay.
@@ -290,7 +308,7 @@ class Sharded(Wrapper):
     def _init(self, params: object) -> None:
         self._share_out(params, Partition(self._group.size))  # which checks them
         self._inner._init({})
-        self._partition, self._planned_step = Partition(self._group.size), None
+        self._partition, self._planned_step, self._census = Partition(self._group.size), None, None
         self._compared = self._half_loaded = False
         self._begun += 1
 
@@ -304,6 +322,8 @@ class Sharded(Wrapper):
         if library.in_place is False:
             raise unsharded(library)
         routes = self._inner._assign(named, remember=False)
+        if any(map(is_dtensor, named.values())):
+            return library, named, routes, partition.extended(owned_extents(routes, named))
         return library, named, routes, partition.extended(extents_of(library, routes, named))
 
     def memory(self, params: object) -> MemoryBill:
@@ -311,6 +331,8 @@ class Sharded(Wrapper):
 
         def counted() -> MemoryBill:
             library, named, routes, partition = self._share_out(params, self._partition)
+            if any(map(is_dtensor, named.values())):
+                return placed_bill(library, self._group, routes, partition, named, inspected=self._inspects)
             mine = partition.of_rank(self._group.rank, named)
             parts = {name: portion_of(library, named[name], portion) for name, portion in mine.items()}
             own = [(leaf, [name for name in names if name in mine]) for leaf, names in routes]
@@ -328,6 +350,8 @@ class Sharded(Wrapper):
         def body() -> None:
             with InterruptsHeld():
                 self._refuse_half()
+                if self._census is not None:
+                    raise unsaved("their state is")
                 save(whole, path, params, keep, self._group, self._council, self._partition, self._begun)
 
         whole._exclusively(body)

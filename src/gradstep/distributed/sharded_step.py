@@ -1,21 +1,21 @@
 """A step of several ranks, planned: the part of one of them, and how it fits together with the others'."""
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-import gradstep
 from gradstep.arrays.library import OTHER, STAYED, FunctionalLibrary, MemoryLibrary, owner
 from gradstep.arrays.memory import Memory, element_strides, strides_in_order
-from gradstep.distributed.council import Facts, word_of
+from gradstep.distributed.council import Facts
 from gradstep.distributed.exchange import BUCKET, Averaging, Spreading
 from gradstep.distributed.group import Array, Group
 from gradstep.distributed.norm import SharedNorm
 from gradstep.distributed.partition import Extent, Partition, Portion
-from gradstep.errors import ArgumentTypeError, CommunicationError
-from gradstep.program.arithmetic import IeeeArithmetic
+from gradstep.distributed.rank_plan import RankPlan, Routes
+from gradstep.errors import ArgumentTypeError
 from gradstep.program.formats import BYTES, compute_dtype
 from gradstep.program.graph import Reading
 from gradstep.program.program import Program
@@ -24,9 +24,6 @@ from gradstep.step.intake import Intake
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter, check_shape, describe_floats
 from gradstep.step.plan import Piece, Plan, Share
-from gradstep.step.scalars import Scales
-
-Routes = Sequence[tuple[Leaf, list[str]]]
 
 
 def extents_of(library: MemoryLibrary, routes: Routes, params: Mapping[str, Any]) -> dict[str, Extent]:
@@ -40,14 +37,23 @@ def extents_of(library: MemoryLibrary, routes: Routes, params: Mapping[str, Any]
 
 def extent_of(program: Program, memory: Memory) -> Extent:
     """The same for one parameter with this program."""
-    alone = not (program.ordered or program.factored or program.scalars.dimensions)
-    if alone and _is_plain(memory):
+    if is_plain(memory) and not needs_whole(program):
         return Extent(memory.shape, divisible=True, cost=0)
-    products = any(program.matrices) and len(memory.shape) > 1
-    return Extent(memory.shape, divisible=False, cost=memory.size * (min(memory.shape[-2:]) if products else 1))
+    return whole_extent(program, memory.shape)
 
 
-def _is_plain(memory: Memory) -> bool:
+def needs_whole(program: Program) -> bool:
+    """Whether the rule looks at more than one element."""
+    return bool(program.ordered or program.factored or program.scalars.dimensions)
+
+
+def whole_extent(program: Program, shape: tuple[int, ...]) -> Extent:
+    """A parameter that is stepped by one owner."""
+    products = any(program.matrices) and len(shape) > 1
+    return Extent(shape, divisible=False, cost=math.prod(shape) * (min(shape[-2:]) if products else 1))
+
+
+def is_plain(memory: Memory) -> bool:
     """Whether an array is dense and in C order."""
     return element_strides(memory) == strides_in_order(memory.shape, range(len(memory.shape)))
 
@@ -90,8 +96,8 @@ def exchange_bytes(library: MemoryLibrary, own: Mapping[str, Any], params: Mappi
     return size(own) + 3 * min(BUCKET, size(params))
 
 
-class ShardedPlan:
-    """One rank's part in a step.
+class ShardedPlan(RankPlan):
+    """One rank's part in a step of parameters that every rank has.
 
     Args:
         library: whose arrays they are.
@@ -112,13 +118,12 @@ class ShardedPlan:
         grads: Mapping[str, Any],
         intake: Intake,
     ) -> None:
-        self.library, self.names = library, sorted(params)
+        super().__init__(library, routes, list(params))
         self._memories = {name: check_parameter(library, name, params[name]) for name in self.names}
         self._gradients = {name: describe_floats(library, grads[name], f"grads[{name!r}]") for name in self.names}
         for name in self.names:
             check_shape(name, self._gradients[name], self._memories[name])
-        self._routes = routes
-        self._copied = [name for name, memory in self._memories.items() if not _is_plain(memory)]
+        self._copied = [name for name, memory in self._memories.items() if not is_plain(memory)]
         self._watch_params, self._watch_grads = library.watch(self._sorted(params)), library.watch(self._sorted(grads))
         self._watch_params.locate(self._sorted(params))
         self._watch_grads.locate(self._sorted(grads))
@@ -129,78 +134,54 @@ class ShardedPlan:
             for dtype in sorted(set(map(self._computed, self.names)))
         }
         self._spreading = Spreading(group, portions, lambda name: BYTES[self._memories[name].dtype])
-        self.norm = SharedNorm(group, list(self._averagings.values()), library.team)
+        self._norm = SharedNorm(group, list(self._averagings.values()), library.team)
         shares = [self._share(leaf, [name for name in names if name in self._mine]) for leaf, names in routes]
         local = [name for share in shares for name in share.names]
-        parameters, gradients = (dict(zip(local, arrays, strict=True)) for arrays in self._local(params, local))
-        self.plan = Plan(library, shares, parameters, gradients, intake)
-        self._watch_slots = library.watch(self.plan.shown_slots)
-        self._examples = [(leaf, {leaf.group(name): name for name in reversed(names)}) for leaf, names in routes]
-        self.facts = self._describe()
-        self.word = word_of(self.facts)
+        parameters, gradients = (dict(zip(local, arrays, strict=True)) for arrays in self._portions_of(params, local))
+        self._adopt(Plan(library, shares, parameters, gradients, intake))
+
+    @property
+    def norm(self) -> SharedNorm:
+        return self._norm
 
     def _share(self, leaf: Leaf, names: list[str]) -> Share:
         return Share(leaf, names, pieces={name: self._piece(name) for name in names})
 
     def _piece(self, name: str) -> Piece:
-        return Piece(self._mine[name].start, len(self._memories[name].shape))
+        return Piece(self._mine[name].start, self._ndim(name))
+
+    def _ndim(self, name: str) -> int:
+        return len(self._memories[name].shape)
 
     def _computed(self, name: str) -> str:
         return compute_dtype(self._memories[name].dtype)
 
-    def _sorted(self, tree: Mapping[str, Any]) -> list[Any]:
-        return [tree[name] for name in self.names]
-
-    def finds(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> bool:
-        """Whether these are the parameters that were planned, with their slots, and gradients like those."""
-        shown = self._watch_slots.locate(self.plan.shown_slots) != OTHER
+    def _finds_arrays(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> bool:
         return (
             self._watch_params.locate(self._sorted(params)) == STAYED
             and self._watch_grads.locate(self._sorted(grads)) != OTHER
-            and shown
-            and np.array_equal(self._watch_slots.addresses, self.plan.shown_addresses)
         )
 
-    # What all ranks must have in common
-
-    def _describe(self) -> Facts:
-        facts = {"the version of gradstep": gradstep.__version__}
+    def _told_of_arrays(self) -> Facts:
+        facts: dict[str, str] = {}
         for what, memories in (("grads", self._gradients), ("params", self._memories)):
             for name, memory in memories.items():
-                order = "" if what == "grads" or _is_plain(memory) else f", strides {memory.strides}"
+                order = "" if what == "grads" or is_plain(memory) else f", strides {memory.strides}"
                 dtype = f"{memory.dtype} of shape " if what == "params" else "of shape "
                 facts[f"{what}[{name!r}]"] = f"{dtype}{memory.shape}{order}"
-        for leaf, examples in self._examples:
-            for name in examples.values():
-                settings = leaf.settings_of(name)
-                for option, chosen in zip(settings.given, settings.static, strict=True):
-                    facts[f"{option} in the rule of params[{name!r}]"] = _spelled(chosen)
-        for number, (leaf, names) in enumerate(self._routes):
-            for name in names:
-                program = leaf.program(name, len(self._memories[name].shape))
-                word = word_of(repr(program.key))
-                facts[f"the rule of params[{name!r}]"] = f"{program.name} {number} ({word:x})"
-                facts[f"the patterns that params[{name!r}] matches"] = repr(leaf.group(name))
-                facts[f"the storage of params[{name!r}]"] = str(leaf.storage.options)
-                facts[f"the shares of params[{name!r}]"] = str(self._portions[name])
         return facts
 
-    def coming(self) -> Facts:
-        """What the coming step depends on and may change from step to step."""
-        return {
-            f"{hyperparameter} of params[{name!r}]": repr(value)
-            for leaf, examples in self._examples
-            for group, name in examples.items()
-            for hyperparameter, value in leaf.scalars(group).items()
-        }
+    def _told_of_owners(self, name: str) -> str:
+        return str(self._portions[name])
 
-    # What is done for each step
+    def beginning(self, known: Partition, named: Mapping[str, Any]) -> Facts:
+        """The values of parameters that are not known; of all others too, where none is."""
+        if not known.is_empty:
+            named = {name: named[name] for name in self.names if name not in known}
+        return values_of(self.library, named)
 
-    def average(self, grads: Mapping[str, Any], intake: Intake, micro: float) -> None:
-        """Average the gradients of all ranks; this one keeps those of its portions.
-
-        What ends a round of micro-batches, weighed by `micro`, joins the sum of the others first.
-        """
+    def average(self, grads: Mapping[str, Any], params: Mapping[str, Any], intake: Intake, micro: float) -> None:
+        """Average the gradients of all ranks; this one keeps those of its portions."""
         bits: dict[int, Array] = {}
 
         def elements(array: Any, start: int, stop: int) -> Array:
@@ -223,38 +204,8 @@ class ShardedPlan:
         for problem in filter(None, problems):
             raise problem
 
-    def prepare(self, params: Mapping[str, Any], scales: Scales) -> None:
-        """Run all that writes nothing but scratch."""
-        self._parameters, gradients = self._local(params, self.plan.names) if self._has_scratch else ((), ())
-        self.plan.gather(self._parameters, gradients)
-        with IeeeArithmetic():
-            self.plan.prepare(scales)
-        self._staged = [share.stage() for share in self.plan.shares]
-
-    def commit(self, params: Mapping[str, Any]) -> None:
-        """Write this rank's portions. Nothing in here can fail."""
-        self.library.wrote([*self._sorted(params), *self.plan.shown_slots])
-        self.plan.commit(self._parameters)
-        for share, state in zip(self.plan.shares, self._staged, strict=True):
-            share.advance(state)
-            share.leaf.cut = True
-        self._parameters, self._staged = (), []
-
-    def spread(self, params: Mapping[str, Any]) -> None:
-        """Bring everybody's portions to everybody.
-
-        Raises:
-            CommunicationError: some have come and others not.
-        """
-        try:
-            self._spread(params)
-        except CommunicationError:
-            raise
-        except Exception as error:
-            raise CommunicationError(
-                "the step has been taken, but parameters could not be brought to all ranks, so that they differ "
-                f"between ranks now ({type(error).__name__}: {error}); start again from the last checkpoint"
-            ) from error
+    def _written(self, params: Mapping[str, Any]) -> list[Any]:
+        return self._sorted(params)
 
     def _spread(self, params: Mapping[str, Any]) -> None:
         arrays = {name: self.library.as_numpy(params[name]) for name in self.names}
@@ -263,11 +214,10 @@ class ShardedPlan:
         for name in self._copied:
             arrays[name][...] = flat[name].view(arrays[name].dtype).reshape(arrays[name].shape)
 
-    @property
-    def _has_scratch(self) -> bool:
-        return any(batch.scratch for batch in self.plan.batches)
+    def _local(self, params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+        return self._portions_of(params, self.plan.names)
 
-    def _local(self, params: Mapping[str, Any], names: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    def _portions_of(self, params: Mapping[str, Any], names: Sequence[str]) -> tuple[list[Any], list[Any]]:
         """This rank's portions of parameters and averaged gradients, as arrays of the library."""
         library = self.library
         averaged = {
@@ -283,11 +233,3 @@ class ShardedPlan:
             gradient = averaged[name].reshape(tuple(parameter.shape))
             gradients.append(library.from_bits(gradient, self._computed(name)))
         return parameters, gradients
-
-
-def _spelled(chosen: object) -> str:
-    """What `Settings.static` says of one hyperparameter, the same in every process."""
-    if not isinstance(chosen, tuple):
-        return "0, which leaves it out" if chosen else "kept"
-    _, value = cast("tuple[type, object]", chosen)
-    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else repr(value)

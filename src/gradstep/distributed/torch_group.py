@@ -29,6 +29,7 @@ class TorchGroup:
         self.name: str = backends["cpu"]
         self.rank: int = group.rank()
         self.size: int = group.size()
+        self.members: tuple[int, ...] = tuple(distributed.get_process_group_ranks(group))
         self._group = weakref.ref(group)  # one that outlives `destroy_process_group` ends the process with an abort
 
     def gather(self, values: Array) -> Array:

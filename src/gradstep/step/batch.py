@@ -81,6 +81,7 @@ class Batch:
         self._workspace = Workspace()
         self._stacks = [count_matrices(match.shape) for match in matches]
         self._starts: Integers = np.array([match.start for match in matches], np.int64)
+        self._are_pieces = bool(self._starts.any())
         self._dimensions = self._measure()
         names, shapes = [match.name for match in matches], [match.shape for match in matches]
         self._scalars = ScalarTable(leaf, self.program, self.dtype, names, shapes)
@@ -195,12 +196,14 @@ class Batch:
     # What is done for each step
 
     def move(self, place: str, addresses: Integers) -> None:
-        """The parameters or gradients lie at other addresses than before; scratch and pieces stay where they are."""
-        if self.scratch:
+        """The parameters or gradients lie at other addresses than before; scratch stays where it is."""
+        if self._are_pieces:
+            addresses = addresses - np.array([match.lead(place) for match in self.matches], np.int64)
+        elif self.scratch:
             addresses = addresses.copy()
         for scratch in self.scratch:
             if scratch.place == place:
-                addresses[scratch.tensor] = scratch.copy.ctypes.data
+                addresses[scratch.tensor] = scratch.copy.ctypes.data - self.matches[scratch.tensor].lead(place)
         self._place(place, addresses)
 
     def gather(self, parameters: Sequence[Any], gradients: Sequence[Any]) -> None:

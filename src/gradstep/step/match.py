@@ -96,7 +96,8 @@ def match(
 ) -> Match:  # fmt: skip
     """Check the arrays of one name against each other; missing slots are allocated, not yet published.
 
-    Elements are numbered from `start` on, a multiple of `BLOCK`.
+    Elements are numbered from `start` on: a multiple of `BLOCK` where blocks are summed, of `QUANTUM` where slots are
+    codes of 8 bits.
     """
     memory = {"w": check_parameter(library, name, parameter)}
     memory["g"] = describe_floats(library, gradient, f"grads[{name!r}]")

@@ -34,7 +34,7 @@ class Share:
         leaf: the optimizer.
         names: the parameters.
         slots: their slots, where they are not the optimizer's own arrays.
-        pieces: which of them are pieces of larger ones, flat and in C order; such arrays do not move.
+        pieces: which of them are pieces of larger ones, with elements that follow on each other there, in C order.
     """
 
     def __init__(
