@@ -6,7 +6,7 @@ from typing import Any
 
 import gradstep
 from gradstep.accumulate import Accumulate
-from gradstep.checkpoint.nodes import AccumulateNode, MultiNode, Node, RuleNode
+from gradstep.checkpoint.nodes import AccumulateNode, DiLoCoNode, MultiNode, Node, RuleNode
 from gradstep.checkpoint.values import Decoder, Functions
 from gradstep.errors import CheckpointError, ConfigurationError
 from gradstep.multi import MultiOptimizer
@@ -40,6 +40,11 @@ class _Maker:
         """The optimizer and all below."""
         if isinstance(node, AccumulateNode):
             return Accumulate(self.make(where, node.optimizer), every=node.every)
+        if isinstance(node, DiLoCoNode):
+            raise ConfigurationError(
+                f"{self._what}: {where} is a DiLoCo, which needs the other ranks: make it with its group, and load "
+                "into it: opt.load(path, params)"
+            )
         if isinstance(node, MultiNode):
             children = [self.make(f"{where}.optimizers[{i}]", child) for i, (_, child) in enumerate(node.routes)]
             filters = [self._filter(f"{where}'s filters[{i}]", accepts) for i, (accepts, _) in enumerate(node.routes)]

@@ -7,9 +7,10 @@ from typing import Any, Literal, TypeAlias
 
 from gradstep.accumulate import Accumulate
 from gradstep.checkpoint.differences import Difference, different, missing, unexpected
-from gradstep.checkpoint.nodes import AccumulateNode, MultiNode, Node, RuleNode
+from gradstep.checkpoint.nodes import AccumulateNode, DiLoCoNode, MultiNode, Node, RuleNode
 from gradstep.checkpoint.snapshot import encode_storage, is_ours
 from gradstep.checkpoint.values import Decoder, Functions
+from gradstep.distributed.diloco import DiLoCo
 from gradstep.multi import MultiOptimizer
 from gradstep.optimizer import Optimizer
 from gradstep.options import Options
@@ -40,6 +41,7 @@ class Matching:
 
     Attributes:
         rules: the optimizers with rules that are on both sides.
+        outer: the outer steps of a `DiLoCo` on both sides; None if there are none.
         round: the micro-batches of an `Accumulate` on both sides; None if there are none, or they cannot go on.
         differences: what is on one side only, or different.
         changes: what sets counters, options and the rest that is no state.
@@ -48,6 +50,7 @@ class Matching:
 
     rules: list[RuleMatch] = field(default_factory=list[RuleMatch])
     round: AccumulateNode | None = None
+    outer: DiLoCoNode | None = None
     differences: list[Difference] = field(default_factory=list[Difference])
     changes: list[Callable[[], object]] = field(default_factory=list[Callable[[], object]])
     frozen: Sequence[str] = ()
@@ -84,6 +87,9 @@ class _Matcher:
 
     def match(self, where: str, here: Optimizer, mine: Node, there: Node, *, outermost: bool = True) -> None:
         """Match two optimizers and all below."""
+        if isinstance(mine, DiLoCoNode) or isinstance(there, DiLoCoNode):
+            self._match_outer(where, here, mine, there)
+            return
         if isinstance(here, Wrapper) and not isinstance(here, Accumulate):  # it leaves no trace in a checkpoint
             here = here.optimizer
         if isinstance(mine, AccumulateNode) or isinstance(there, AccumulateNode):
@@ -109,6 +115,17 @@ class _Matcher:
             named = [None if one is None else f"Accumulate(every={one.every})" for one in (other, own)]
             self._differ(where, named[0] or "no Accumulate", named[1] or "no Accumulate")
         inner = here.optimizer if isinstance(here, Accumulate) else here
+        self.match(where, inner, own.optimizer if own else mine, other.optimizer if other else there)
+
+    def _match_outer(self, where: str, here: Optimizer, mine: Node, there: Node) -> None:
+        own = mine if isinstance(mine, DiLoCoNode) else None
+        other = there if isinstance(there, DiLoCoNode) else None
+        named = [one and f"DiLoCo(every={one.every}, wire={one.wire!r})" for one in (other, own)]
+        if own and other and (self._whose == "mine" or named[0] == named[1]):
+            self.found.outer = other
+        else:
+            self._differ(where, named[0] or "no DiLoCo", named[1] or "no DiLoCo")
+        inner = here.optimizer if isinstance(here, DiLoCo) else here
         self.match(where, inner, own.optimizer if own else mine, other.optimizer if other else there)
 
     def _match_options(self, here: Optimizer, options: Mapping[str, Any], outermost: bool) -> None:
@@ -182,7 +199,7 @@ def title_of(node: Node) -> str:
     """What an optimizer is called in messages."""
     if isinstance(node, RuleNode):
         return _spell(node.family or "any rule", ours=node.ours)
-    return "MultiOptimizer" if isinstance(node, MultiNode) else "Accumulate"
+    return {MultiNode: "MultiOptimizer", AccumulateNode: "Accumulate", DiLoCoNode: "DiLoCo"}[type(node)]
 
 
 def _spell(family: str, *, ours: bool) -> str:

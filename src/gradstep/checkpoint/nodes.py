@@ -62,7 +62,36 @@ class AccumulateNode:
     optimizer: "Node"
 
 
-Node: TypeAlias = RuleNode | MultiNode | AccumulateNode
+@dataclass(frozen=True)
+class DiLoCoNode:
+    """A `DiLoCo`: its round, the keys of anchors and of what the wire has rounded away, and both optimizers.
+
+    `averages` has one entry for each layout: its ranks, dtype and sizes by name, and the key of the array.
+    """
+
+    every: int
+    wire: str
+    round: int
+    taken: int
+    exact: tuple[str, ...]
+    anchors: Mapping[str, str]
+    sent: Mapping[str, str]
+    averages: tuple["OwedNode", ...]
+    outer: "Node"
+    optimizer: "Node"
+
+
+@dataclass(frozen=True)
+class OwedNode:
+    """What the wire has rounded away of the averages that a rank sends."""
+
+    ranks: int
+    dtype: str
+    sizes: tuple[tuple[str, int], ...]
+    key: str
+
+
+Node: TypeAlias = RuleNode | MultiNode | AccumulateNode | DiLoCoNode
 
 
 @dataclass(frozen=True)
@@ -90,17 +119,17 @@ class Document:
 
 
 def rule_nodes(node: Node) -> list[RuleNode]:
-    """The optimizers with rules below a node, in order."""
+    """The optimizers with rules below a node that step parameters, in order."""
     if isinstance(node, RuleNode):
         return [node]
-    if isinstance(node, AccumulateNode):
+    if isinstance(node, (AccumulateNode, DiLoCoNode)):
         return rule_nodes(node.optimizer)
     return [leaf for _, child in node.routes for leaf in rule_nodes(child)]
 
 
 def step_of(node: Node) -> int:
     """How many steps have been taken."""
-    return step_of(node.optimizer) if isinstance(node, AccumulateNode) else node.step
+    return step_of(node.optimizer) if isinstance(node, (AccumulateNode, DiLoCoNode)) else node.step
 
 
 def keys_of(node: Node) -> set[str]:
@@ -109,6 +138,9 @@ def keys_of(node: Node) -> set[str]:
         return {key for held in node.state.values() for key in held.arrays.values()}
     if isinstance(node, AccumulateNode):
         return keys_of(node.optimizer) | set(node.sums.values())
+    if isinstance(node, DiLoCoNode):
+        own = {*node.anchors.values(), *node.sent.values(), *(owed.key for owed in node.averages)}
+        return keys_of(node.optimizer) | keys_of(node.outer) | own
     return {key for _, child in node.routes for key in keys_of(child)}
 
 
@@ -117,6 +149,16 @@ def _to_json(node: Node) -> dict[str, Any]:
         return {
             "kind": "accumulate", "every": node.every, "micro_step": node.micro_step, "sums": dict(node.sums),
             "optimizer": _to_json(node.optimizer),
+        }  # fmt: skip
+    if isinstance(node, DiLoCoNode):
+        averages = [
+            {"ranks": owed.ranks, "dtype": owed.dtype, "sizes": dict(owed.sizes), "key": owed.key}
+            for owed in node.averages
+        ]
+        return {
+            "kind": "diloco", "every": node.every, "wire": node.wire, "round": node.round, "taken": node.taken,
+            "exact": list(node.exact), "anchors": dict(node.anchors), "sent": dict(node.sent), "averages": averages,
+            "outer": _to_json(node.outer), "optimizer": _to_json(node.optimizer),
         }  # fmt: skip
     if isinstance(node, MultiNode):
         routes = [{"filter": accepts, "optimizer": _to_json(child)} for accepts, child in node.routes]
@@ -233,6 +275,13 @@ def _node(entry: Entry) -> Node:
         if not micro_step < max(every, 1):
             raise CheckpointError(f"{entry.what} has micro_step {micro_step} of {every}")
         return AccumulateNode(every, micro_step, entry.mapping("sums", read_text), _node(entry.entry("optimizer")))
+    if kind == "diloco":
+        return DiLoCoNode(
+            entry.natural("every"), entry.get("wire", str), entry.natural("round"), entry.natural("taken"),
+            tuple(entry.sequence("exact", read_text)), entry.mapping("anchors", read_text),
+            entry.mapping("sent", read_text), tuple(entry.sequence("averages", _owed)), _node(entry.entry("outer")),
+            _node(entry.entry("optimizer")),
+        )  # fmt: skip
     if kind == "multi":
         routes = entry.sequence("routes", _route)
         if not routes:
@@ -245,6 +294,16 @@ def _node(entry: Entry) -> Node:
         entry.natural("step"), entry.mapping("state", _held), entry.mapping("hyperparameters", _any),
         entry.mapping("resolved", _all_resolved), entry.mapping("options", _any), entry.mapping("storage", _any),
     )  # fmt: skip
+
+
+def _owed(what: str, data: object) -> OwedNode:
+    entry = Entry(what, data)
+    sizes = entry.mapping("sizes", _natural)
+    return OwedNode(entry.natural("ranks"), entry.get("dtype", str), tuple(sizes.items()), entry.get("key", str))
+
+
+def _natural(what: str, value: object) -> int:
+    return Entry(what, {"": value}).natural("")
 
 
 def _route(what: str, data: object) -> tuple[Any, Node]:

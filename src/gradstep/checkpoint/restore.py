@@ -4,15 +4,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradstep.accumulate import Accumulate
-from gradstep.arrays.library import Form, recognise
+from gradstep.arrays.library import Form, numpy_library, recognise
 from gradstep.checkpoint.comparison import Comparison
 from gradstep.checkpoint.differences import Difference, mismatch
 from gradstep.checkpoint.matching import RuleMatch, match_trees
-from gradstep.checkpoint.nodes import Document, Held, Node
-from gradstep.checkpoint.snapshot import checked_arrays
+from gradstep.checkpoint.nodes import DiLoCoNode, Document, Held, Node
+from gradstep.checkpoint.snapshot import checked_arrays, round_of, snapshot
 from gradstep.checkpoint.tensors import Tensors, read, read_part
 from gradstep.checkpoint.wants import Want, WantInMemory, Wants, wants_of
+from gradstep.distributed.changes import NONE, Layout, Losses
+from gradstep.distributed.diloco import DiLoCo, Kept
 from gradstep.errors import ReadOnlyError
 from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Optimizer
@@ -74,9 +75,12 @@ def prepare(
     whole_round = matching.round if matching.round and len(sums) == len(matching.round.sums) else None
     totals = {name: read(tensors, key) for name, key in sums.items()} if whole_round else {}
     landed = {n: every[n].land_sum(total) if every and n in every else total for n, total in totals.items()}
+    outer = None if matching.outer is None else _outer(optimizer, document, matching.outer, tensors, loading)
+    if outer is not None:
+        differences += outer.differences
     write = _replacement(tensors, params, {n: named[n] for n in shared}, shared) if named and shared else None
     _ = optimizer.step  # no count waits for a device any more: reading was the last that could fail
-    names = comparison.names
+    names, accumulating = comparison.names, round_of(optimizer)
     known = names if share is not None else frozenset(document.stateless)  # state may be with others
 
     def adopt() -> None:
@@ -89,10 +93,41 @@ def prepare(
                 successor.adopt(known if strict and names is not None else None)
             for member in optimizer._family():
                 member._begin_again(names or frozenset())
-            if isinstance(optimizer, Accumulate):
-                optimizer._resume(whole_round.micro_step if whole_round else 0, landed)
+            if accumulating is not None:
+                accumulating._resume(whole_round.micro_step if whole_round else 0, landed)
+            if outer is not None:
+                outer.adopt()
 
     return Restoration(differences, adopt)
+
+
+def _outer(
+    optimizer: Optimizer, document: Document, node: DiLoCoNode, tensors: Tensors, loading: Loading
+) -> Restoration:  # fmt: skip
+    """The outer steps of a `DiLoCo`: its outer optimizer steps the anchors, arrays of NumPy."""
+    assert isinstance(optimizer, DiLoCo)
+    library = numpy_library()
+
+    def landed(keys: Mapping[str, str]) -> dict[str, Any]:
+        found = {name: read(tensors, key) for name, key in keys.items()}
+        return {name: stored.in_memory(library, range(len(stored.shape))) for name, stored in found.items()}
+
+    anchors = landed(node.anchors)
+    losses = NONE
+    if node.wire == optimizer.wire:
+        owed = landed({str(place): one.key for place, one in enumerate(node.averages)})
+        layouts = [Layout(one.ranks, one.dtype, one.sizes) for one in node.averages]
+        losses = Losses(landed(node.sent), dict(zip(layouts, owed.values(), strict=True)))
+    kept = Kept(anchors, frozenset(node.exact), losses, node.round, node.taken)
+    mine = snapshot(optimizer.outer, {}).document.optimizer
+    inside = Document(document.version, node.outer, {}, tuple(anchors))
+    outer = prepare(optimizer.outer, mine, inside, tensors, loading._replace(params=None, like=anchors))
+
+    def adopt() -> None:
+        outer.adopt()
+        optimizer._resume(kept)
+
+    return Restoration(outer.differences, adopt)
 
 
 def _in_memory(wants: Sequence[Wants | None], states: Sequence[Mapping[str, Held]]) -> dict[str, WantInMemory]:

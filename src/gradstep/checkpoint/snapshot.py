@@ -11,17 +11,20 @@ from gradstep.arrays.stored import Stored, check_array, dtype_of
 from gradstep.checkpoint.container import METADATA
 from gradstep.checkpoint.nodes import (
     AccumulateNode,
+    DiLoCoNode,
     Document,
     Entry,
     Held,
     MultiNode,
     Node,
+    OwedNode,
     RuleNode,
     from_json,
     keys_of,
 )
 from gradstep.checkpoint.tensors import HeldTensors
 from gradstep.checkpoint.values import Encoder
+from gradstep.distributed.diloco import DiLoCo
 from gradstep.errors import ArgumentTypeError, CheckpointError, ConfigurationError, listing
 from gradstep.multi import MultiOptimizer
 from gradstep.optimizer import Optimizer
@@ -81,16 +84,25 @@ def state_of(leaf: Leaf) -> State:
     return {name: (steps[name], arrays) for name, arrays in leaf.entries.items()}
 
 
+def round_of(optimizer: Optimizer) -> Accumulate | None:
+    """Who sums micro-batches, the optimizer itself or what it wraps; None if nobody does."""
+    while isinstance(optimizer, Wrapper) and not isinstance(optimizer, Accumulate):
+        optimizer = optimizer.optimizer
+    return optimizer if isinstance(optimizer, Accumulate) else None
+
+
 class _Recorder:
     def __init__(self, states: Sequence[State] | None) -> None:
         self._arrays: dict[str, Any] = {}
         self._encoder = Encoder()
         self._given, self._states = states, list[State]()
+        self._of: str = ""  # what keys say of whose arrays they are
 
     def document(self, optimizer: Optimizer, params: Mapping[str, Any]) -> Snapshot:
         parameters = {name: self._key(name, array) for name, array in params.items()}
         node = self._node(optimizer)
-        sums: Mapping[str, Any] = optimizer.sums if isinstance(optimizer, Accumulate) else {}
+        accumulating = round_of(optimizer)
+        sums: Mapping[str, Any] = accumulating.sums if accumulating else {}
         having_state = {name for state in self._states for name in state}
         stateless = sorted({*optimizer._known_names, *params, *sums} - having_state)
         return Snapshot(Document(gradstep.__version__, node, parameters, tuple(stateless)), self._arrays)
@@ -109,6 +121,8 @@ class _Recorder:
         if isinstance(optimizer, Accumulate):
             sums = {name: self._key(f"{name}.{SUM}", array) for name, array in optimizer.sums.items()}
             return AccumulateNode(optimizer.every, optimizer.micro_step, sums, self._node(optimizer.optimizer))
+        if isinstance(optimizer, DiLoCo):
+            return self._diloco_node(optimizer)
         if isinstance(optimizer, MultiOptimizer):
             filters = [*map(self._filter, optimizer.filters), None]
             children = map(self._node, optimizer.optimizers)
@@ -122,6 +136,28 @@ class _Recorder:
         raise ArgumentTypeError(
             f"a checkpoint cannot hold a {type(optimizer).__name__}, a class of your own: write it as a rule, @gs.rule"
         )
+
+    def _diloco_node(self, optimizer: DiLoCo) -> DiLoCoNode:
+        inner, kept = self._node(optimizer.optimizer), optimizer._kept()
+        anchors = {name: self._key(f"{name}.anchor", array) for name, array in kept.anchors.items()}
+        sent = {name: self._key(f"{name}.owed", array) for name, array in kept.losses.sent.items()}
+        averages = tuple(
+            OwedNode(layout.ranks, layout.dtype, layout.sizes, self._key(f"{layout.dtype} averages.owed", array))
+            for layout, array in kept.losses.averages.items()
+        )
+        return DiLoCoNode(
+            optimizer.every, optimizer.wire, kept.round, kept.taken, tuple(sorted(kept.exact)), anchors, sent, averages,
+            self._beside("outer.", optimizer.outer), inner,
+        )  # fmt: skip
+
+    def _beside(self, of: str, optimizer: Optimizer) -> Node:
+        """An optimizer that steps something else than parameters, all of which is here."""
+        given, states, whose = self._given, self._states, self._of
+        self._given, self._states, self._of = None, list[State](), of
+        try:
+            return self._node(optimizer)
+        finally:
+            self._given, self._states, self._of = given, states, whose
 
     def _filter(self, accepts: Any) -> dict[str, str]:
         if isinstance(accepts, str):
@@ -137,7 +173,7 @@ class _Recorder:
         whole = state_of(leaf) if self._given is None else self._given[len(self._states)]
         self._states.append(whole)
         state = {
-            name: Held(steps, {array: self._key(f"{name}.{array}", arrays[array]) for array in arrays})
+            name: Held(steps, {array: self._key(f"{name}.{self._of}{array}", arrays[array]) for array in arrays})
             for name, (steps, arrays) in whole.items()
         }
         encode = self._encoder.encode

@@ -19,7 +19,6 @@ from gradstep.distributed.exchange import BUCKET
 from gradstep.distributed.group import Array, Group, group_of
 from gradstep.distributed.outer_state import OuterState, norm
 from gradstep.distributed.sharded import Sharded
-from gradstep.distributed.unsaved import Unsaved
 from gradstep.distributed.wire import WIRES
 from gradstep.errors import ArgumentTypeError, CommunicationError, ConfigurationError, GradstepError
 from gradstep.interrupts import InterruptsHeld
@@ -68,6 +67,16 @@ class Standing(NamedTuple):
     newcomers: tuple[int, ...]
 
 
+class Kept(NamedTuple):
+    """What the next outer steps depend on, besides both optimizers."""
+
+    anchors: dict[str, Array]
+    exact: frozenset[str]
+    losses: Losses
+    round: int
+    taken: int
+
+
 class Brought(NamedTuple):
     """What a rank brings to an outer step."""
 
@@ -88,7 +97,7 @@ class Ready(NamedTuple):
     commit: Callable[[], None]
 
 
-class DiLoCo(Unsaved):
+class DiLoCo(Wrapper):
     """Local steps, and every `every` of them one outer step of all ranks, driven by the averaged change of parameters.
 
     ```
@@ -116,7 +125,9 @@ class DiLoCo(Unsaved):
     timeout: the outer step has not happened, and the inner step has. Set `opt.group` to a group of the ranks that
     are left, or of others too, and call `outer_step`, or simply go on: the next call takes it first.
 
-    Everything else is the inner optimizer's: hyperparameters, options, state, counters and `report`.
+    Everything else is the inner optimizer's: hyperparameters, options, state, counters and `report`. Each rank saves
+    its own, `save(f"run-{opt.group.rank}.safetensors", params)`: both optimizers, anchors, and what the wire owes. A
+    rank that loads an older file than others, or none, is a newcomer in the next outer step.
 
     Args:
         inner: whose steps each rank takes; also `Accumulate`, `MultiOptimizer`, or `Sharded` over a group of its own.
@@ -150,7 +161,7 @@ class DiLoCo(Unsaved):
     Source: Douillard et al., 2023, https://arxiv.org/abs/2311.08105
     """
 
-    _mine: ClassVar[frozenset[str]] = Unsaved._mine | {
+    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {
         "_outer", "_every", "_wire", "_timeout", "_group", "_council", "_anchors", "_exact", "_losses", "_round",
         "_taken", "_outer_report", "_seen",
     }  # fmt: skip
@@ -242,8 +253,6 @@ class DiLoCo(Unsaved):
         self._round = self._taken = 0
 
     def _check_inside(self, outer: str) -> None:
-        if outer == "a checkpoint":
-            self._refuse("save")
         inside = {
             "Accumulate": "DiLoCo(Accumulate(…, every=…), …)",
             "MultiOptimizer": "DiLoCo(MultiOptimizer([…]), …)",
@@ -546,10 +555,17 @@ class DiLoCo(Unsaved):
 
         return own + self._exclusively(counted)
 
-    def _refuse(self, what: str) -> NoReturn:
+    def _kept(self) -> Kept:
+        return Kept(self._anchors, self._exact, self._losses, self._round, self._taken)
+
+    def _resume(self, kept: Kept) -> None:
+        """Go on with outer steps that have been loaded."""
+        self._anchors, self._exact, self._losses, self._round, self._taken = kept
+        self._seen = self._outer_report = None
+
+    def _snapshot(self, memo: dict[int, Any]) -> NoReturn:
         raise ConfigurationError(
-            f"{what} is not for a DiLoCo optimizer, whose outer steps are those of {self._group.size} processes; "
-            "parameters are whole on every rank, and can be saved on rank 0 after an outer step"
+            f"{self!r} cannot be copied, as its group cannot; make another one, and load what this one has saved"
         )
 
     def __repr__(self) -> str:

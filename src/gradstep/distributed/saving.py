@@ -16,14 +16,13 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from gradstep.accumulate import Accumulate
 from gradstep.arrays.stored import Bits, bits_of, dtype_of
 from gradstep.checkpoint.checkpoint_file import checked_keep, save_index
 from gradstep.checkpoint.container import Tensor
 from gradstep.checkpoint.nodes import Document
 from gradstep.checkpoint.sharded_file import Index, Piece, Shard, Spread, shards_named_by
 from gradstep.checkpoint.shards import check_there, writing
-from gradstep.checkpoint.snapshot import Snapshot, State, checked_arrays, snapshot
+from gradstep.checkpoint.snapshot import Snapshot, State, checked_arrays, round_of, snapshot
 from gradstep.checkpoint.tensors import Shape
 from gradstep.distributed.council import Council, Facts, Said, word_of
 from gradstep.distributed.group import Group
@@ -123,10 +122,11 @@ def _inventory(
     whole: Optimizer, path: str | os.PathLike[str], params: object, keep: int | None,
     partition: Partition, begun: int, rank: int,
 ) -> Inventory:  # fmt: skip
-    if isinstance(whole, Accumulate) and whole.micro_step:
+    accumulating = round_of(whole)
+    if accumulating and accumulating.micro_step:
         raise ConfigurationError(
-            f"{whole.micro_step} of {whole.every} micro-batches have come, and their sums are each rank's own: save "
-            "when opt.micro_step is 0, or drop them with opt.discard()"
+            f"{accumulating.micro_step} of {accumulating.every} micro-batches have come, and their sums are each "
+            "rank's own: save when opt.micro_step is 0, or drop them with opt.discard()"
         )
     named = dict(sorted(checked_arrays({} if params is None else params, "params").items()))
     leaves = whole._leaves()
@@ -195,7 +195,15 @@ def _described(
                     )
         arrays = _joined([parts[place] for _, parts in everybody], own)
         states.append({name: (steps[name], arrays.get(name, {})) for name in sorted(steps)})
-    return snapshot(whole, _shared_out(here.params, partition, rank), states)
+    document, arrays = snapshot(whole, _shared_out(here.params, partition, rank), states)
+    parts = {key: array if isinstance(array, Parts) else _whole(key, array) for key, array in arrays.items()}
+    return Snapshot(document, parts)
+
+
+def _whole(key: str, array: Any) -> Parts:
+    """What all ranks have of an optimizer around the sharded one; rank 0 writes it."""
+    ranges = {0: (0, math.prod(array.shape))}
+    return Parts(dtype_of(array), tuple(array.shape), ranges, partial(bits_of, array, repr(key)))
 
 
 def _joined(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from gradstep.checkpoint.checkpoint_file import CheckpointFile
 from gradstep.checkpoint.matching import title_of
-from gradstep.checkpoint.nodes import AccumulateNode, Node, RuleNode
+from gradstep.checkpoint.nodes import AccumulateNode, DiLoCoNode, Node, RuleNode
 from gradstep.cli.checkpoint.contents import Array, Contents, Parameter, Part
 from gradstep.cli.checkpoint.measuring import Measure
 from gradstep.cli.checkpoint.schedules import Scheduled, schedules_of
@@ -122,6 +122,8 @@ def _facts(node: Node) -> dict[str, str]:
     """What is said of an optimizer apart from its state, each with the end of its name."""
     if isinstance(node, AccumulateNode):
         return {}
+    if isinstance(node, DiLoCoNode):
+        return {f".{name}": repr(getattr(node, name)) for name in ("every", "wire", "round", "taken")}
     facts = {".step": str(node.step)}
     if isinstance(node, RuleNode):
         facts |= {f".{name}": spelled(data) for name, data in node.hyperparameters.items()}

@@ -11,7 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from gradstep.checkpoint.matching import title_of
-from gradstep.checkpoint.nodes import FORMAT, AccumulateNode, RuleNode
+from gradstep.checkpoint.nodes import FORMAT, AccumulateNode, DiLoCoNode, RuleNode
 from gradstep.cli.checkpoint.contents import Array, Contents, Parameter, Part, all_parts, changed_options, totals
 from gradstep.cli.checkpoint.schedules import POINTS, Scheduled, schedules_of
 from gradstep.cli.checkpoint.screen import ROWS, table
@@ -90,7 +90,12 @@ def _optimizer(part: Part, drawing: _Drawing) -> Group:
     if part.is_route:
         route = "the rest" if part.filter is None else spelled(part.filter)
         title.append(f"{route}: ", "dim")
+    if part.name:
+        title.append(f"{part.name}: ", "dim")
     title.append(printable(title_of(node)), "bold cyan")
+    if isinstance(node, DiLoCoNode):
+        since = f"{node.taken} of {node.every} inner ones since"
+        return Group(title.append(f"  {_count(node.round, 'outer step')}, {since}, wire {node.wire!r}", "default"))
     if isinstance(node, AccumulateNode):
         sums = f", sums of {_count(len(node.sums), 'parameter')}" if node.sums else ""
         return Group(title.append(f"  micro_step {node.micro_step} of {node.every}{sums}", "default"))

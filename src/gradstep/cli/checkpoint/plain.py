@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from gradstep.checkpoint.matching import title_of
-from gradstep.checkpoint.nodes import FORMAT, AccumulateNode, RuleNode
+from gradstep.checkpoint.nodes import FORMAT, AccumulateNode, DiLoCoNode, RuleNode
 from gradstep.cli.checkpoint.changes import Difference, Pair, has_codes
 from gradstep.cli.checkpoint.contents import Array, Contents, Parameter, Part, changed_options, totals
 from gradstep.cli.checkpoint.measuring import Measure
@@ -72,6 +72,9 @@ def _part(part: Part) -> dict[str, Any]:
     if isinstance(node, AccumulateNode):
         counters = {"every": node.every, "micro_step": node.micro_step, "sums": list(node.sums)}
         return {**found, **counters, "optimizers": [_part(child) for child in part.children]}
+    if isinstance(node, DiLoCoNode):
+        counters = {"every": node.every, "wire": node.wire, "round": node.round, "taken": node.taken}
+        return {**found, **counters, "optimizers": [_part(child) for child in part.children]}
     facts: dict[str, Any] = {**found, "filter": part.filter, "step": node.step, "options": changed_options(node)}
     if not isinstance(node, RuleNode):
         return {**facts, "optimizers": [_part(child) for child in part.children]}
@@ -100,6 +103,7 @@ def _parameter(parameter: Parameter) -> dict[str, Any]:
         **found,
         **{role: _array(arrays[0]) if arrays else None for role, arrays in by_role.items()},
         "slots": {array.label: _array(array) for array in parameter.arrays if array.role == "slot"},
+        "outer": {array.label: _array(array) for array in parameter.arrays if array.role == "outer"},
     }
 
 
