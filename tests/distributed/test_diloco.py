@@ -18,7 +18,7 @@ from thread_group import ThreadGroup, run_in_threads
 
 import gradstep as gs
 from families import assert_same_bits
-from gradstep.distributed import changes
+from gradstep.distributed import exchange
 from gradstep.distributed.changes import spread
 from gradstep.distributed.wire import WIRES
 
@@ -204,7 +204,7 @@ class TestNarrowWires:
             return plain(group, parts)
 
         monkeypatch.setattr(ThreadGroup, "exchange", noted)
-        monkeypatch.setattr(changes, "BUCKET", 40_000)
+        monkeypatch.setattr(exchange, "BUCKET", 40_000)
         for params, one in zip(run_in_threads(3, work), expected, strict=True):
             assert_equal(params, one)
         assert 5_000 < max(sizes) <= 40_000
@@ -357,7 +357,7 @@ class TestMembership:
         assert_equal(first, second)
 
     def test_pieces_come_from_all_members(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(changes, "BUCKET", 1000)
+        monkeypatch.setattr(exchange, "BUCKET", 1000)
 
         def work(group: ThreadGroup) -> Any:
             members = [0, 2]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstep.distributed.collective import sum_by_rank
-from gradstep.distributed.exchange import BUCKET
+from gradstep.distributed.exchange import row_bytes
 from gradstep.distributed.group import Array, Group
 from gradstep.distributed.wire import Wire
 from gradstep.program.formats import QUANTUM
@@ -76,7 +76,7 @@ def average(
     """
     length, rank = layout.length, group.rank
     lost, owing = (None, None) if wire.exact else (layout.zeros(), np.zeros(length, layout.dtype))
-    places = max(BUCKET // (rows.itemsize * layout.ranks) // QUANTUM, 1) * QUANTUM
+    places = max(row_bytes(layout.ranks) // rows.itemsize // QUANTUM, 1) * QUANTUM
     for low in range(0, length, places):
         part = rows[:, low : low + places]
         sent = wire.encode(part)
@@ -102,7 +102,7 @@ def spread(group: Group, members: Sequence[int], arrays: Sequence[Array]) -> Non
     """Bring arrays that members have in common to all others; each member sends its share, and others' are written."""
     flat = [array.reshape(-1).view(np.uint8) for array in arrays]
     total = sum(map(len, flat))
-    share = min(-(-total // len(members)), max(BUCKET // group.size, 1))
+    share = min(-(-total // len(members)), row_bytes(group.size))
     for low in range(0, total, share * len(members)):
         own = np.zeros(share, np.uint8)
         if group.rank in members:

@@ -15,7 +15,7 @@ from gradstep.distributed.anchors import Trained, View, checksum, trained, views
 from gradstep.distributed.changes import NONE, Layout, Losses, average, spread
 from gradstep.distributed.collective import START_AGAIN, Counted
 from gradstep.distributed.council import Council, Facts, Said, word_of
-from gradstep.distributed.exchange import BUCKET
+from gradstep.distributed.exchange import bucket_bytes
 from gradstep.distributed.group import Array, Group, group_of
 from gradstep.distributed.outer_state import OuterState, norm
 from gradstep.distributed.sharded import Sharded
@@ -551,7 +551,8 @@ class DiLoCo(Wrapper):
             outer = bill(anchors, self._outer._assign(anchors, remember=False), inspected=self._outer._inspects)
             size = sum(anchor.nbytes for anchor in anchors.values())
             owed = 0 if WIRES[self._wire].exact else size + size // self._group.size
-            return outer + MemoryBill(anchors=size + owed, scratch=size + owed + 3 * min(BUCKET, size))
+            buckets = 3 * min(bucket_bytes(self._group.size), size)
+            return outer + MemoryBill(anchors=size + owed, scratch=size + owed + buckets)
 
         return own + self._exclusively(counted)
 

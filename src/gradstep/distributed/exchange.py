@@ -9,7 +9,18 @@ from gradstep.distributed.collective import sum_parts
 from gradstep.distributed.group import Array, Group
 from gradstep.distributed.partition import Portion
 
-BUCKET = 1 << 25  # bytes that are under way at once, at most
+BUCKET = 1 << 25  # bytes that are under way at once, for up to so many ranks:
+FEW = 64
+
+
+def row_bytes(ranks: int) -> int:
+    """The bytes under way between two ranks at once; no fewer among many of them, where messages would get small."""
+    return max(BUCKET // min(ranks, FEW), 1)
+
+
+def bucket_bytes(ranks: int) -> int:
+    """The bytes of a row for each rank."""
+    return ranks * row_bytes(ranks)
 
 
 class Stretch(NamedTuple):
@@ -78,7 +89,7 @@ class Averaging:
         self._group, self._dtype = group, np.dtype(dtype)
         shelf = Shelf(group.size, portions, lambda _: 1)
         self.rows, self.own = shelf.rows, shelf.rows[group.rank]
-        self._slices = list(shelf.slices(max(BUCKET // (self._dtype.itemsize * group.size), 1)))
+        self._slices = list(shelf.slices(max(row_bytes(group.size) // self._dtype.itemsize, 1)))
         self._bucket: Array = np.zeros(group.size * _widest(self._slices), self._dtype)
         self.averaged: Array = np.zeros(shelf.lengths[group.rank], self._dtype)
 
@@ -108,7 +119,7 @@ class Spreading:
     def __init__(self, group: Group, portions: Mapping[str, Sequence[Portion]], itemsize: Callable[[str], int]) -> None:
         self._group = group
         shelf = Shelf(group.size, portions, itemsize)
-        self._slices = list(shelf.slices(max(BUCKET // group.size, 1)))
+        self._slices = list(shelf.slices(row_bytes(group.size)))
         self._own: Array = np.zeros(_widest(self._slices), np.uint8)
 
     def spread(self, flat: Mapping[str, Array]) -> None:
@@ -162,7 +173,7 @@ class Delivery:
             if receiver == group.rank:
                 received.setdefault(name, []).append(Portion(sender, 0, size))
         self._sent, self._received = (Shelf(group.size, some, lambda _: 1) for some in (sent, received))
-        self._places = max(BUCKET // group.size, 1)
+        self._places = row_bytes(group.size)
         self._bucket: Array = np.zeros((group.size, min(self._places, self._length)), np.uint8)
 
     def deliver(self, sent: Bytes, received: Bytes) -> None:

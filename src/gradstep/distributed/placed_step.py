@@ -20,7 +20,7 @@ from gradstep.distributed.dtensors import (
     placing,
     where,
 )
-from gradstep.distributed.exchange import BUCKET
+from gradstep.distributed.exchange import bucket_bytes
 from gradstep.distributed.group import Array, Group, MeshGroup
 from gradstep.distributed.owners import Owners
 from gradstep.distributed.partition import Extent, Partition
@@ -72,7 +72,7 @@ def placed_bill(
     own = [(leaf, [name for name in names if name in here]) for leaf, names in routes]
     copies = sum(2 * whole[name].size * BYTES[dtypes[name]] for name in mine)
     total = sum(extent.size * BYTES[dtypes[name]] for name, extent in whole.items())
-    return bill(here, own, inspected=inspected) + MemoryBill(scratch=copies + 2 * min(BUCKET, total))
+    return bill(here, own, inspected=inspected) + MemoryBill(scratch=copies + 2 * min(bucket_bytes(group.size), total))
 
 
 class PlacedPlan(RankPlan):

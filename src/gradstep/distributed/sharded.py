@@ -337,7 +337,7 @@ class Sharded(Wrapper):
             parts = {name: portion_of(library, named[name], portion) for name, portion in mine.items()}
             own = [(leaf, [name for name in names if name in mine]) for leaf, names in routes]
             return bill(parts, own, inspected=self._inspects) + MemoryBill(
-                scratch=exchange_bytes(library, parts, named)
+                scratch=exchange_bytes(library, self._group.size, parts, named)
             )
 
         return self._exclusively(counted)

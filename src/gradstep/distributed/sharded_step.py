@@ -10,7 +10,7 @@ import numpy as np
 from gradstep.arrays.library import OTHER, STAYED, FunctionalLibrary, MemoryLibrary, owner
 from gradstep.arrays.memory import Memory, element_strides, strides_in_order
 from gradstep.distributed.council import Facts
-from gradstep.distributed.exchange import BUCKET, Averaging, Spreading
+from gradstep.distributed.exchange import Averaging, Spreading, bucket_bytes
 from gradstep.distributed.group import Array, Group
 from gradstep.distributed.norm import SharedNorm
 from gradstep.distributed.partition import Extent, Partition, Portion
@@ -86,14 +86,14 @@ def unsharded(library: FunctionalLibrary) -> ArgumentTypeError:
     )
 
 
-def exchange_bytes(library: MemoryLibrary, own: Mapping[str, Any], params: Mapping[str, Any]) -> int:
+def exchange_bytes(library: MemoryLibrary, ranks: int, own: Mapping[str, Any], params: Mapping[str, Any]) -> int:
     """What a rank needs for averaged gradients, and for buckets: what it sends, what it receives, and their sum."""
 
     def size(arrays: Mapping[str, Any]) -> int:
         memories = [library.describe(array, "a parameter") for array in arrays.values()]
         return sum(memory.size * BYTES[compute_dtype(memory.dtype)] for memory in memories)
 
-    return size(own) + 3 * min(BUCKET, size(params))
+    return size(own) + 3 * min(bucket_bytes(ranks), size(params))
 
 
 class ShardedPlan(RankPlan):
