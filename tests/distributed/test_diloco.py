@@ -797,3 +797,159 @@ def test_gloo() -> None:
 def test_mpi() -> None:
     for rank in run_mpi(3, CHECKS, "MPI"):
         assert (rank.code, rank.out) == (0, "checked\n"), rank.err
+
+
+@pytest.mark.parametrize("wire", ["int8", "bfloat16"])
+class TestWhatIsOwed:
+    """Changes of one coordinate after another, then none: what the wire owed must have come, where it belongs."""
+
+    @staticmethod
+    def grads(rank: int, step: int) -> dict[str, Any]:
+        rng = np.random.default_rng((step, rank))
+        return {"w": np.asarray(rng.standard_normal(1024) * np.repeat([1.0, 1e-4], 512), np.float32)}
+
+    @staticmethod
+    def settle(opt: Any, params: Any, calls: int = 8) -> Any:
+        for _ in range(calls):
+            opt.apply_gradients({name: np.zeros_like(array) for name, array in params.items()}, params)
+        return params["w"]
+
+    def expected(self, ranks: int, steps: int) -> Any:
+        return -sum(self.grads(rank, step)["w"].astype(float) for rank in range(ranks) for step in range(steps)) / ranks
+
+    def made(self, group: ThreadGroup, wire: Any) -> gs.DiLoCo:
+        return gs.DiLoCo(gs.SGD(1.0), gs.SGD(1.0), every=1, group=group, wire=wire)
+
+    def close(self, found: Any, expected: Any) -> None:
+        """Within the rounding of float32, which is far below what one step of a wire rounds away."""
+        np.testing.assert_allclose(found[:512], expected[:512], atol=2e-6)
+        np.testing.assert_allclose(found[512:], expected[512:], atol=2e-7)
+
+    def test_ranks_that_change_places(self, wire: str) -> None:
+        optimizers: dict[int, Any] = {}
+
+        def begin(group: ThreadGroup) -> None:
+            opt, params = self.made(group, wire), {"w": np.zeros(1024, np.float32)}
+            for step in range(3):
+                opt.apply_gradients(self.grads(group.rank, step), params)
+            optimizers[group.rank] = opt, params
+
+        def swapped(group: ThreadGroup) -> Any:
+            opt, params = optimizers[1 - group.rank]
+            opt.group = group
+            return self.settle(opt, params)
+
+        run_in_threads(2, begin)
+        for found in run_in_threads(2, swapped):
+            self.close(found, self.expected(2, 3))
+
+    def test_parameters_that_come_late_and_other_sizes_of_the_group(self, wire: str) -> None:
+        optimizers: dict[int, Any] = {}
+
+        def begin(group: ThreadGroup) -> None:
+            opt, params = self.made(group, wire), {"w": np.zeros(1024, np.float32)}
+            for step in range(3):
+                opt.apply_gradients(self.grads(group.rank, step), params)
+            params["late"] = np.zeros(700, np.float32)
+            self.settle(opt, params, 1)
+            optimizers[group.rank] = opt, params
+
+        def fewer(group: ThreadGroup) -> Any:
+            opt, params = optimizers[group.rank]
+            opt.group = group
+            return self.settle(opt, params)
+
+        run_in_threads(3, begin)
+        owed = [opt._losses for opt, _ in optimizers.values()]
+        assert any(np.abs(array).max() > 1e-6 for each in owed for array in each.averages.values())
+        # What rank 2 owes leaves with it; of the others nothing may be lost.
+        gone = owed[2].sent["w"].astype(float)
+        for (layout, rank), array in owed[2].averages.items():
+            rows = layout.zeros()
+            rows[rank] = array * 3
+            gone = gone + layout.by_name(rows)["w"]
+        sent = sum(each.sent["w"].astype(float) for each in owed[:2])
+        for found in run_in_threads(2, fewer):
+            assert np.isfinite(sent).all()
+            error = np.abs(found - self.expected(3, 3)).max()
+            assert error <= np.abs(gone).max() / 3 + np.abs(sent).max() / 3 + 1e-5
+
+    @pytest.mark.parametrize("last", range(1, 9))
+    def test_a_rank_that_is_lost_at_any_moment_pays_once(self, wire: str, last: int) -> None:
+        optimizers: dict[int, Any] = {}
+
+        class Failing(ThreadGroup):
+            calls = 0
+
+            def _exchange(self, mine: Any) -> Any:
+                found = super()._exchange(mine)
+                self.calls += 1
+                if self.calls == last:
+                    raise gs.CommunicationError("lost")
+                return found
+
+        def begin(group: ThreadGroup) -> None:
+            opt, params = self.made(group, wire), {"w": np.zeros(1024, np.float32)}
+            for step in range(3):
+                opt.apply_gradients(self.grads(group.rank, step), params)
+            optimizers[group.rank] = opt, params
+
+        def lose(group: ThreadGroup) -> None:
+            opt, params = optimizers[group.rank]
+            opt.group = Failing(group.rank, group._places, group._barrier) if group.rank == 1 else group
+            try:
+                self.settle(opt, params, 1)
+            except gs.CommunicationError:
+                group._barrier.abort()
+
+        def together(group: ThreadGroup) -> Any:
+            opt, params = optimizers[group.rank]
+            opt.group = group
+            opt.outer_step(params)
+            return self.settle(opt, params), opt.outer_report
+
+        run_in_threads(3, begin)
+        step = max(np.abs(array).max() for opt, _ in optimizers.values() for array in opt._losses.sent.values())
+        run_in_threads(3, lose)
+        found = run_in_threads(3, together)
+        for w, _ in found:
+            assert_same_bits(w, found[0][0])
+            # A newcomer takes what it owed with it: at most its part of one step of the wire, and never twice.
+            assert np.abs(w - self.expected(3, 3)).max() <= step + 1e-5
+
+
+def test_parameters_that_come_late_must_begin_alike() -> None:
+    def body(group: ThreadGroup) -> str:
+        opt, params = gs.DiLoCo(gs.SGD(0.1), every=1, group=group), {"w": np.zeros(3, np.float32)}
+        opt.apply_gradients({"w": np.ones(3, np.float32)}, params)
+        params["late"] = np.full(2, group.rank, np.float32)
+        with pytest.raises(gs.ConfigurationError) as caught:
+            opt.apply_gradients({name: np.ones_like(array) for name, array in params.items()}, params)
+        params["late"][:] = 0
+        opt._anchors["late"][:] = 0
+        opt.outer_step(params)
+        assert opt.outer_report.members == (0, 1)
+        return str(caught.value)
+
+    (error,) = set(run_in_threads(2, body))
+    assert error.startswith("the values of params['late'] by their CRC-32 (seed all ranks alike")
+
+
+def test_changes_that_a_narrow_wire_cannot_carry() -> None:
+    def body(group: ThreadGroup) -> None:
+        opt, params = gs.DiLoCo(gs.SGD(1.0), every=1, group=group, wire="int8"), {"w": np.zeros(3)}
+        with pytest.raises(
+            gs.OutOfRangeError, match=r"params\['w'\] reaches 1e\+39, and a narrow wire carries what float32"
+        ):
+            opt.apply_gradients({"w": np.full(3, 1e39)}, params)
+
+    run_in_threads(2, body)
+
+
+def test_a_newcomer_with_nothing_but_empty_parameters() -> None:
+    def body(group: ThreadGroup) -> Any:
+        opt, params = gs.DiLoCo(gs.SGD(1.0), gs.SGD(1.0), every=1, group=group), {"w": np.zeros((0, 3), np.float32)}
+        opt._round = 1 - group.rank
+        return opt.outer_step(params) and opt.outer_report.newcomers
+
+    assert run_in_threads(2, body) == [(1,), (1,)]

@@ -66,7 +66,8 @@ class AccumulateNode:
 class DiLoCoNode:
     """A `DiLoCo`: its round, the keys of anchors and of what the wire has rounded away, and both optimizers.
 
-    `averages` has one entry for each layout: its ranks, dtype and sizes by name, and the key of the array.
+    `averages` has one entry for each layout: its ranks and which of them this is, dtype, sizes by name, and the key of
+    the array.
     """
 
     every: int
@@ -86,6 +87,7 @@ class OwedNode:
     """What the wire has rounded away of the averages that a rank sends."""
 
     ranks: int
+    rank: int
     dtype: str
     sizes: tuple[tuple[str, int], ...]
     key: str
@@ -152,7 +154,7 @@ def _to_json(node: Node) -> dict[str, Any]:
         }  # fmt: skip
     if isinstance(node, DiLoCoNode):
         averages = [
-            {"ranks": owed.ranks, "dtype": owed.dtype, "sizes": dict(owed.sizes), "key": owed.key}
+            {"ranks": owed.ranks, "rank": owed.rank, "dtype": owed.dtype, "sizes": dict(owed.sizes), "key": owed.key}
             for owed in node.averages
         ]
         return {
@@ -299,7 +301,8 @@ def _node(entry: Entry) -> Node:
 def _owed(what: str, data: object) -> OwedNode:
     entry = Entry(what, data)
     sizes = entry.mapping("sizes", _natural)
-    return OwedNode(entry.natural("ranks"), entry.get("dtype", str), tuple(sizes.items()), entry.get("key", str))
+    ranks, rank = entry.natural("ranks"), entry.natural("rank")
+    return OwedNode(ranks, rank, entry.get("dtype", str), tuple(sizes.items()), entry.get("key", str))
 
 
 def _natural(what: str, value: object) -> int:

@@ -12,7 +12,7 @@ from gradstep.checkpoint.nodes import DiLoCoNode, Document, Held, Node
 from gradstep.checkpoint.snapshot import checked_arrays, round_of, snapshot
 from gradstep.checkpoint.tensors import Tensors, read, read_part
 from gradstep.checkpoint.wants import Want, WantInMemory, Wants, wants_of
-from gradstep.distributed.changes import NONE, Layout, Losses
+from gradstep.distributed.changes import NOTHING_LOST, Layout, Losses
 from gradstep.distributed.diloco import DiLoCo, Kept
 from gradstep.errors import ReadOnlyError
 from gradstep.interrupts import InterruptsHeld
@@ -113,10 +113,10 @@ def _outer(
         return {name: stored.in_memory(library, range(len(stored.shape))) for name, stored in found.items()}
 
     anchors = landed(node.anchors)
-    losses = NONE
+    losses = NOTHING_LOST
     if node.wire == optimizer.wire:
         owed = landed({str(place): one.key for place, one in enumerate(node.averages)})
-        layouts = [Layout(one.ranks, one.dtype, one.sizes) for one in node.averages]
+        layouts = [(Layout(one.ranks, one.dtype, one.sizes), one.rank) for one in node.averages]
         losses = Losses(landed(node.sent), dict(zip(layouts, owed.values(), strict=True)))
     kept = Kept(anchors, frozenset(node.exact), losses, node.round, node.taken)
     mine = snapshot(optimizer.outer, {}).document.optimizer

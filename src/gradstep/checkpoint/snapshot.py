@@ -142,8 +142,8 @@ class _Recorder:
         anchors = {name: self._key(f"{name}.anchor", array) for name, array in kept.anchors.items()}
         sent = {name: self._key(f"{name}.owed", array) for name, array in kept.losses.sent.items()}
         averages = tuple(
-            OwedNode(layout.ranks, layout.dtype, layout.sizes, self._key(f"{layout.dtype} averages.owed", array))
-            for layout, array in kept.losses.averages.items()
+            OwedNode(layout.ranks, rank, layout.dtype, layout.sizes, self._key(f"{layout.dtype} averages.owed", array))
+            for (layout, rank), array in kept.losses.averages.items()
         )
         return DiLoCoNode(
             optimizer.every, optimizer.wire, kept.round, kept.taken, tuple(sorted(kept.exact)), anchors, sent, averages,

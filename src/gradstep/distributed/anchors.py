@@ -9,6 +9,7 @@ import numpy as np
 
 from gradstep.arrays.library import MemoryLibrary, recognise
 from gradstep.arrays.memory import Memory
+from gradstep.distributed.dtensors import is_dtensor
 from gradstep.distributed.group import Array
 from gradstep.errors import ArgumentTypeError, DtypeError, ShapeError
 from gradstep.program.formats import FLOATS, NARROW, compute_dtype
@@ -28,12 +29,18 @@ class Trained(NamedTuple):
 
 
 def trained(named: Mapping[str, Any], chosen: Mapping[str, Any]) -> Trained:
-    """Those among `chosen`, checked that they can be written, apart from all others.
+    """Those among `chosen`, checked that they can be written, apart from all others; integers are left out.
 
     Raises:
-        ArgumentTypeError: arrays never change, or belong to several libraries.
+        ArgumentTypeError: arrays never change, are DTensors, or belong to several libraries.
         AliasedParametersError: some lie on each other.
     """
+    spread = next((name for name, array in chosen.items() if is_dtensor(array)), None)
+    if spread is not None:
+        raise ArgumentTypeError(
+            f"params[{spread!r}] is a DTensor, and DiLoCo averages parameters that are whole on every rank; pass plain "
+            "tensors"
+        )
     library = recognise(params=chosen)
     if library.in_place is False:
         raise ArgumentTypeError(
@@ -97,7 +104,9 @@ class View:
             for low in range(0, len(values), CHUNK):
                 there[low : low + CHUNK] = narrowed(values[low : low + CHUNK], self._dtype)
         else:
-            self._stored[...] = narrowed(anchor, self._dtype)
+            rows = max(CHUNK * len(anchor) // max(anchor.size, 1), 1)
+            for low in range(0, len(anchor), rows):
+                self._stored[low : low + rows] = narrowed(anchor[low : low + rows], self._dtype)
         if self.master is not None:
             self.master[...] = anchor
         return self.master is not None

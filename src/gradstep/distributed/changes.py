@@ -1,7 +1,7 @@
 """Changes of parameters averaged among ranks over a narrow wire, which loses nothing for good."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,20 +41,54 @@ class Losses(NamedTuple):
 
     Attributes:
         sent: of this rank's changes, by name.
-        averages: of the averages that this rank sent to all, by layout.
+        averages: of the averages that this rank sent to all, by layout and this rank's number in it.
     """
 
     sent: Mapping[str, Array]
-    averages: Mapping[Layout, Array]
+    averages: Mapping[tuple[Layout, int], Array]
+
+    def moved(self, layouts: Collection[Layout], rank: int, members: int) -> "Losses":
+        """The same for other layouts: what was owed to elements that others average now is sent to them instead.
+
+        Of `members` changes this rank's is one, so it counts as many times.
+        """
+        sent, averages = dict(self.sent), dict(self.averages)
+        for layout, place in [key for key in averages if key[1] != rank or key[0] not in layouts]:
+            rows = layout.zeros()
+            rows[place] = averages.pop((layout, place)) * rows.dtype.type(members)
+            for name, owed in layout.by_name(rows).items():
+                if owed.any():
+                    sent[name] = sent[name] + owed if name in sent else owed.copy()
+        return Losses(sent, averages)
 
 
-NONE = Losses({}, {})
+NOTHING_LOST = Losses({}, {})
+
+
+class Sums(NamedTuple):
+    """Where the numbers of one layout are averaged: a row for each range and, of a narrow wire, room for what it loses.
+
+    Attributes:
+        rows: changes, and then averages.
+        lost: of the rows.
+        owing: of this rank's average.
+    """
+
+    rows: Array
+    lost: Array | None
+    owing: Array | None
+
+
+def sums(layout: Layout, wire: Wire) -> Sums:
+    """Room for them, zeros."""
+    rows = layout.zeros()
+    return Sums(rows, None, None) if wire.exact else Sums(rows, layout.zeros(), np.zeros_like(rows[0]))
 
 
 def average(
-    group: Group, layout: Layout, rows: Array, wire: Wire, members: Sequence[int], owed: Array | None
-) -> tuple[Array, Array] | None:
-    """Put the mean of the members' rows in the place of this rank's own.
+    group: Group, layout: Layout, room: Sums, wire: Wire, members: Sequence[int], owed: Array | None
+) -> None:  # fmt: skip
+    """Put the mean of the members' rows in the place of this rank's own, and note what the wire loses.
 
     ```
     sent = rounded(row)                                      each member, for every owner of a range
@@ -66,16 +100,12 @@ def average(
     Args:
         group: the ranks; all of them own a range, those that are no members too.
         layout: of the rows.
-        rows: what to average, with what was lost before.
+        room: what to average, with what was lost before.
         wire: how it travels.
         members: whose rows count.
-        owed: what the wire has rounded away of this rank's last average. Default: nothing.
-
-    Returns:
-        What has been rounded away now, of the rows and of this rank's average; None where nothing can be.
+        owed: what the wire has rounded away of this rank's last average; None for nothing.
     """
-    length, rank = layout.length, group.rank
-    lost, owing = (None, None) if wire.exact else (layout.zeros(), np.zeros(length, layout.dtype))
+    length, rank, (rows, lost, owing) = layout.length, group.rank, room
     places = max(row_bytes(layout.ranks) // rows.itemsize // QUANTUM, 1) * QUANTUM
     for low in range(0, length, places):
         part = rows[:, low : low + places]
@@ -91,17 +121,17 @@ def average(
         if owing is not None:
             np.subtract(mean, wire.decode(sent, layout.dtype)[0], out=owing[low : low + places])
         part[...] = wire.decode(group.gather(sent[0]), layout.dtype)
-    if lost is None or owing is None:
-        return None
-    for each in (lost, owing):  # of what is not finite nothing is left to send
-        each[~np.isfinite(each)] = 0
-    return lost, owing
+    for each in (lost, owing):
+        if each is not None:  # of what is not finite nothing is left to send
+            np.nan_to_num(each, copy=False, nan=0, posinf=0, neginf=0)
 
 
 def spread(group: Group, members: Sequence[int], arrays: Sequence[Array]) -> None:
     """Bring arrays that members have in common to all others; each member sends its share, and others' are written."""
     flat = [array.reshape(-1).view(np.uint8) for array in arrays]
     total = sum(map(len, flat))
+    if not total:
+        return
     share = min(-(-total // len(members)), row_bytes(group.size))
     for low in range(0, total, share * len(members)):
         own = np.zeros(share, np.uint8)

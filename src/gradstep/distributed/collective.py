@@ -52,8 +52,9 @@ class Counted:
 
     def gather_messages(self, message: bytes) -> list[bytes]:
         """See `Group.gather_messages`."""
-        self.sent += len(message) * (self.size - 1)
-        return self.group.gather_messages(message)
+        messages = self.group.gather_messages(message)
+        self.sent += (8 + max(map(len, messages))) * (self.size - 1)  # lengths, and messages as long as the longest
+        return messages
 
     def exchange(self, parts: Array) -> Array:
         """See `Group.exchange`."""

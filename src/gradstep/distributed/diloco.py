@@ -12,7 +12,7 @@ import numpy as np
 import gradstep
 from gradstep.arrays.stored import Stored
 from gradstep.distributed.anchors import Trained, View, checksum, trained, views
-from gradstep.distributed.changes import NONE, Layout, Losses, average, spread
+from gradstep.distributed.changes import NOTHING_LOST, Layout, Losses, Sums, average, spread, sums
 from gradstep.distributed.collective import START_AGAIN, Counted
 from gradstep.distributed.council import Council, Facts, Said, word_of
 from gradstep.distributed.exchange import bucket_bytes
@@ -20,7 +20,13 @@ from gradstep.distributed.group import Array, Group, group_of
 from gradstep.distributed.outer_state import OuterState, norm
 from gradstep.distributed.sharded import Sharded
 from gradstep.distributed.wire import WIRES
-from gradstep.errors import ArgumentTypeError, CommunicationError, ConfigurationError, GradstepError
+from gradstep.errors import (
+    ArgumentTypeError,
+    CommunicationError,
+    ConfigurationError,
+    GradstepError,
+    NonFiniteGradientError,
+)
 from gradstep.interrupts import InterruptsHeld
 from gradstep.multi import MultiOptimizer
 from gradstep.optimizer import Optimizer, StepArguments
@@ -249,7 +255,7 @@ class DiLoCo(Wrapper):
 
     def _forget(self) -> None:
         """Begin anew, without anchors."""
-        self._anchors, self._exact, self._losses, self._seen = {}, frozenset(), NONE, None
+        self._anchors, self._exact, self._losses, self._seen = {}, frozenset(), NOTHING_LOST, None
         self._round = self._taken = 0
 
     def _check_inside(self, outer: str) -> None:
@@ -258,7 +264,8 @@ class DiLoCo(Wrapper):
             "MultiOptimizer": "DiLoCo(MultiOptimizer([…]), …)",
             "Sharded": "DiLoCo(Sharded(…, sharding_group), group=…)",
         }
-        raise ConfigurationError(f"{self!r} cannot be inside of a {outer}; wrap it instead: {inside[outer]}")
+        if outer in inside:
+            raise ConfigurationError(f"{self!r} cannot be inside of a {outer}; wrap it instead: {inside[outer]}")
 
     def _check_options(self) -> None:
         self._inner._check_options()
@@ -284,8 +291,9 @@ class DiLoCo(Wrapper):
             `params`, the same object.
 
         Raises:
-            GradstepError: from the inner step, and nothing has changed; or from the outer step, on all ranks, with
-                only the inner step taken, and `outer_due` is True.
+            GradstepError: from the inner step, which then has changed nothing (an outer step that was due may have been
+                taken before); or from the outer step, on all ranks, with only the inner step taken, and `outer_due` is
+                True.
             ConfigurationError: ranks differ in parameters, `every`, `wire`, outer hyperparameters or code, or begin
                 with other values.
             CommunicationError: a rank is dead or silent.
@@ -360,9 +368,11 @@ class DiLoCo(Wrapper):
             state.go_back(before)
             if isinstance(error, CommunicationError):
                 raise CommunicationError(
-                    f"{str(error).removesuffix(START_AGAIN)}; no outer step has been taken, and anchors are what they "
-                    "were: set opt.group to a group of the ranks that are left, and call opt.outer_step(params)"
+                    f"{str(error).removesuffix(START_AGAIN)}; no outer step has been taken here, and anchors are what "
+                    "they were: set opt.group to a group of the ranks that are left, and call opt.outer_step(params)"
                 ) from error
+            if isinstance(error, NonFiniteGradientError):
+                error.add_note('opt.outer.nonfinite = "skip" lets all ranks go back to their anchors')
             raise
         self._finish(ready, self._group.sent - sent)
 
@@ -407,9 +417,9 @@ class DiLoCo(Wrapper):
             inner_step, outer = json.loads(told[standing.members[0]])
             here = council.attempt(lambda: self._room(here, outer) if group.rank in standing.newcomers else here)
             spread(group, standing.members, [*here.anchors.values(), *self._outer_state.arrays(here.anchors)])
-        layouts = council.attempt(lambda: self._changes(here, standing))
-        losses = self._averaged(layouts, standing)
-        changes = {name: flat for layout, rows in layouts.items() for name, flat in layout.by_name(rows).items()}
+        room, owed = council.attempt(lambda: self._changes(here, standing))
+        losses = self._averaged(room, owed, standing)
+        changes = {name: flat for layout, its in room.items() for name, flat in layout.by_name(its.rows).items()}
         gradients = {name: changes[name].reshape(anchor.shape) for name, anchor in here.anchors.items()}
 
         def begun() -> Callable[[], None]:
@@ -446,15 +456,23 @@ class DiLoCo(Wrapper):
         }
 
     def _standing(self, here: Brought) -> Standing:
-        """Who is a member and who a newcomer."""
+        """Who is a member and who a newcomer: by the anchors that have been through an outer step.
+
+        Those that have not are compared among members, like all at first.
+        """
         counts = self._outer_state.counts(here.anchors)
-        arrays = [*here.anchors.values(), *self._outer_state.arrays(here.anchors)]
-        word = word_of([counts, checksum(arrays)])
-        rounds, words = self._group.gather(np.array([self._round, word], np.int64)).T
+        stepped = {name for leaf in self._outer._leaves() for name in leaf.names()}
+        known = [anchor for name, anchor in here.anchors.items() if name in stepped]
+        new = {name: anchor for name, anchor in here.anchors.items() if name not in stepped}
+        word = word_of([counts, sorted(stepped), checksum([*known, *self._outer_state.arrays(here.anchors)])])
+        beginning = word_of([checksum([anchor]) for anchor in new.values()])
+        rounds, words, beginnings = self._group.gather(np.array([self._round, word, beginning], np.int64)).T
         first = int(rounds.argmax())
         are_members = (rounds == rounds[first]) & (words == words[first])
-        if rounds[first] == 0 and not are_members.all():
-            self._council.attempt(lambda: None, lambda _: Said(word, lambda: _values(here.anchors, counts)))
+        unequal = rounds[first] == 0 and not are_members.all()
+        if unequal or (beginnings[are_members] != beginnings[first]).any():
+            said = Said(word_of([word, beginning]), lambda: _values(new, counts))
+            self._council.attempt(lambda: None, lambda _: said)
         members, newcomers = (tuple(np.flatnonzero(each).tolist()) for each in (are_members, ~are_members))
         return Standing(int(rounds[first]), members, newcomers)
 
@@ -463,34 +481,36 @@ class DiLoCo(Wrapper):
         self._outer_state.adopt(outer)
         return here._replace(anchors={name: np.zeros_like(anchor) for name, anchor in here.anchors.items()})
 
-    def _changes(self, here: Brought, standing: Standing) -> dict[Layout, Array]:
-        """This rank's changes, with what was lost of the last ones; zeros of a newcomer."""
-        layouts: dict[Layout, Array] = {}
+    def _changes(self, here: Brought, standing: Standing) -> tuple[dict[Layout, Sums], Losses]:
+        """This rank's changes, with what was lost of the last ones, and what is owed still; zeros of a newcomer."""
+        wire, rank, room = WIRES[self._wire], self._group.rank, dict[Layout, Sums]()
         for dtype in sorted({view.computed for view in here.views.values()}):
             sizes = tuple((n, anchor.size) for n, anchor in here.anchors.items() if anchor.dtype == dtype)
             layout = Layout(self._group.size, dtype, sizes)
-            rows = layouts[layout] = layout.zeros()
-            if self._group.rank in standing.newcomers:
-                continue
+            room[layout] = sums(layout, wire)
+        if rank in standing.newcomers:  # others may have paid what it owes
+            return room, NOTHING_LOST
+        losses = self._losses.moved(room, rank, len(standing.members))
+        for layout, (rows, _, _) in room.items():
             with IeeeArithmetic(), np.errstate(all="ignore"):
                 for name, flat in layout.by_name(rows).items():
                     change = here.views[name].change(here.anchors[name], exact=name in self._exact)
                     flat[...] = change.reshape(-1)
-                    if name in self._losses.sent:
-                        flat += self._losses.sent[name]
-        return layouts
+                    if name in losses.sent:
+                        flat += losses.sent[name]
+                    wire.check(name, flat)
+        return room, losses
 
-    def _averaged(self, layouts: Mapping[Layout, Array], standing: Standing) -> Losses:
+    def _averaged(self, room: Mapping[Layout, Sums], losses: Losses, standing: Standing) -> Losses:
         """Put the averages in the place of changes; what the wire has lost."""
-        sent: dict[str, Array] = {}
-        averages: dict[Layout, Array] = {}
-        for layout, rows in layouts.items():
-            owed = self._losses.averages.get(layout)
+        sent, averages = dict(losses.sent), dict[tuple[Layout, int], Array]()
+        for layout, its in room.items():
+            owed = losses.averages.get((layout, self._group.rank))
             with IeeeArithmetic(), np.errstate(all="ignore"):
-                lost = average(self._group, layout, rows, WIRES[self._wire], standing.members, owed)
-            if lost is not None:
-                sent |= layout.by_name(lost[0])
-                averages[layout] = lost[1]
+                average(self._group, layout, its, WIRES[self._wire], standing.members, owed)
+            if its.lost is not None and its.owing is not None:
+                sent |= layout.by_name(its.lost)
+                averages[layout, self._group.rank] = its.owing
         return Losses(sent, averages)
 
     def _finish(self, ready: Ready, sent: int) -> None:
@@ -498,7 +518,8 @@ class DiLoCo(Wrapper):
         here, standing = ready.brought, ready.standing
         ready.commit()
         applied = self._outer.report is None or self._outer.report.applied
-        self._exact = self._exact | {name for name, view in here.views.items() if view.write(here.anchors[name])}
+        exact = {name for name, view in here.views.items() if view.write(here.anchors[name])}
+        self._exact = self._exact - here.views.keys() | exact
         here.there.library.wrote(list(here.there.arrays.values()))
         self._anchors = {**self._anchors, **here.anchors}
         if applied:

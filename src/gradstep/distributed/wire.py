@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from gradstep.distributed.group import Array
+from gradstep.errors import OutOfRangeError
 from gradstep.program.formats import QUANTUM
 from gradstep.program.rounding import narrowed, widened
 
+LARGEST_SENT = float(np.finfo(np.float32).max) / 4  # and what is owed may come on top
 LARGEST = 127  # of the codes of 8 bits
 CHUNK = 1 << 16  # numbers that are rounded at once: temporaries stay in the cache
 
@@ -19,6 +21,16 @@ class Wire(ABC):
 
     exact = False
     """Whether nothing is lost."""
+
+    def check(self, name: str, change: Array) -> None:
+        """Raise `OutOfRangeError` for a float64 change that is finite, and would not be on the way."""
+        if not self.exact and change.dtype == np.float64:
+            finite = np.abs(change[np.isfinite(change)])
+            if finite.size and finite.max() > LARGEST_SENT:
+                raise OutOfRangeError(
+                    f"the change of params[{name!r}] reaches {finite.max():.3g}, and a narrow wire carries what float32"
+                    ' holds; pass wire="float32", on which float64 travels as it is'
+                )
 
     @abstractmethod
     def encode(self, values: Array) -> Array:
