@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from processes import run_torch
 
-from gradstep.distributed.dtensors import Region
+from gradstep.arrays.region import Region
 
 torch = pytest.importorskip("torch")
 SCRIPT = Path(__file__).parent / "dtensor_checks.py"

@@ -2,15 +2,17 @@
 # pyright: reportPrivateUsage=false
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from gradstep.arrays.library import Form, numpy_library, recognise
+from gradstep.arrays.region import Region, Span, Where
+from gradstep.arrays.stored import Stored
 from gradstep.checkpoint.comparison import Comparison
 from gradstep.checkpoint.differences import Difference, mismatch
 from gradstep.checkpoint.matching import RuleMatch, match_trees
 from gradstep.checkpoint.nodes import DiLoCoNode, Document, Held, Node
 from gradstep.checkpoint.snapshot import checked_arrays, round_of, snapshot
-from gradstep.checkpoint.tensors import Tensors, read, read_part
+from gradstep.checkpoint.tensors import Tensors, read, read_part, read_region
 from gradstep.checkpoint.wants import Want, WantInMemory, Wants, wants_of
 from gradstep.distributed.changes import NOTHING_LOST, Layout, Losses
 from gradstep.distributed.diloco import DiLoCo, Kept
@@ -20,10 +22,21 @@ from gradstep.optimizer import Optimizer
 from gradstep.persistence import Loading
 from gradstep.tree import entries_of
 
-Range = tuple[int, int]
-"""Elements of a parameter from one number to another, in C order."""
-Share = Callable[[Mapping[str, WantInMemory]], Mapping[str, Range]]
-"""Given the parameters that will have state, those that have it here, and the part of it."""
+
+class Share(Protocol):
+    """What belongs here, where parameters or their state are spread over processes."""
+
+    def here(self, array: Any) -> Any:
+        """The memory that is here of a parameter."""
+        ...
+
+    def region(self, name: str, array: Any) -> Region:
+        """Which of the parameter's elements this memory has."""
+        ...
+
+    def state(self, wants: Mapping[str, WantInMemory]) -> Mapping[str, Where]:
+        """Given the parameters that will have state, those that have it here, and the elements that it is of."""
+        ...
 
 
 class Restoration(NamedTuple):
@@ -48,7 +61,7 @@ def prepare(
         mine: what a checkpoint of the optimizer would say.
         document, tensors: what the checkpoint says.
         loading: how it is loaded.
-        share: what of the state belongs here, where it is spread over processes. Default: all.
+        share: what belongs here. Default: all.
     """
     params, like, strict, whose, functions = loading.checked()
     named = None if params is None else checked_arrays(params, "params")
@@ -57,7 +70,8 @@ def prepare(
     rules = matching.rules
     wants: list[Wants] | list[None] = [None] * len(rules)
     if models is not None:
-        wants = wants_of(optimizer, rules, matching.frozen, models)
+        here = () if share is None else (share.here,)
+        wants = wants_of(optimizer, rules, matching.frozen, models, *here)
     every = None if models is None else {name: want for some in wants if some for name, want in some.items()}
 
     comparison = Comparison(document, tensors)
@@ -68,17 +82,17 @@ def prepare(
     if strict and differences:
         raise mismatch(tensors.name, differences)
 
-    ranges = None if share is None else share(_in_memory(wants, states))
+    wheres = None if share is None else share.state(_in_memory(wants, states))
     everything = zip(rules, states, wants, strict=True)
-    successors = [_Successor(rule, state, tensors, some, ranges, strict=strict) for rule, state, some in everything]
+    successors = [_Successor(rule, state, tensors, some, wheres, strict=strict) for rule, state, some in everything]
     # A round of which a sum is left out could not go on: it begins anew.
     whole_round = matching.round if matching.round and len(sums) == len(matching.round.sums) else None
-    totals = {name: read(tensors, key) for name, key in sums.items()} if whole_round else {}
+    totals = {n: _sum(tensors, key, n, models, share) for n, key in sums.items()} if whole_round else {}
     landed = {n: every[n].land_sum(total) if every and n in every else total for n, total in totals.items()}
     outer = None if matching.outer is None else _outer(optimizer, document, matching.outer, tensors, loading)
     if outer is not None:
         differences += outer.differences
-    write = _replacement(tensors, params, {n: named[n] for n in shared}, shared) if named and shared else None
+    write = _replacement(tensors, params, {n: named[n] for n in shared}, shared, share) if named and shared else None
     _ = optimizer.step  # no count waits for a device any more: reading was the last that could fail
     names, accumulating = comparison.names, round_of(optimizer)
     known = names if share is not None else frozenset(document.stateless)  # state may be with others
@@ -149,18 +163,18 @@ class _Successor:
         state: Mapping[str, Held],
         tensors: Tensors,
         wants: Wants | None,
-        ranges: Mapping[str, Range] | None,
+        wheres: Mapping[str, Where] | None,
         *,
         strict: bool,
     ) -> None:
-        self._rule, self._cut = rule, ranges is not None
+        self._rule, self._cut = rule, wheres is not None
         self._steps = rule.leaf.steps | {name: held.steps for name, held in state.items()}
         self._entries = {} if strict else {n: slots for n, slots in rule.leaf.entries.items() if n not in state}
         for name, held in state.items():
-            if ranges is None or name in ranges:
-                want, part = wants[name] if wants is not None else None, ranges[name] if ranges is not None else None
+            if wheres is None or name in wheres:
+                want, where = wants[name] if wants is not None else None, wheres[name] if wheres is not None else None
                 self._entries[name] = {
-                    slot: _landed(tensors, key, slot, want, part) for slot, key in held.arrays.items()
+                    slot: _landed(tensors, key, slot, want, where) for slot, key in held.arrays.items()
                 }
 
     def adopt(self, known: frozenset[str] | None) -> None:
@@ -170,16 +184,28 @@ class _Successor:
         rule.leaf.cut = self._cut
 
 
-def _landed(tensors: Tensors, key: str, slot: str, want: Want | None, part: Range | None) -> Any:
-    """An array of the library of the parameter that wants it, or of none yet; whole or, of a part, flat."""
-    if isinstance(want, WantInMemory) and part is not None and part != (0, want.memory.size):
-        return want.land_part(read_part(tensors, key, *want.part_of(slot, part)))
+def _landed(tensors: Tensors, key: str, slot: str, want: Want | None, where: Where | None) -> Any:
+    """An array of the library of the parameter that wants it, or of none yet: whole, a region, or flat."""
+    if isinstance(want, WantInMemory) and where is not None and where != Span(0, want.sum_shape.size):
+        there = want.part_of(slot, where)
+        if isinstance(there, Region):
+            return want.land(slot, read_region(tensors, key, there))
+        return want.land_part(read_part(tensors, key, *there))
     stored = read(tensors, key)
     return stored if want is None else want.land(slot, stored)
 
 
+def _sum(tensors: Tensors, key: str, name: str, models: Mapping[str, Any] | None, share: Share | None) -> Stored:
+    """What is here of a sum, in the shape of what is here of its parameter."""
+    if share is None or models is None:
+        return read(tensors, key)
+    array = models[name]
+    part = read_region(tensors, key, share.region(name, array))
+    return Stored(part.bits.reshape(tuple(share.here(array).shape)), part.dtype)
+
+
 def _replacement(
-    tensors: Tensors, params: object, named: Mapping[str, Any], keys: Mapping[str, str]
+    tensors: Tensors, params: object, named: Mapping[str, Any], keys: Mapping[str, str], share: Share | None
 ) -> Callable[[], None]:  # fmt: skip
     """Verify the checkpoint's parameters, and that those here can be replaced; what replaces them.
 
@@ -188,14 +214,22 @@ def _replacement(
     """
     library = recognise(params=named)
     if library.in_place is True:
-        views = {name: _writable(library.as_numpy(array), name) for name, array in named.items()}
-        for key in keys.values():
-            tensors.verify(key)
+        parts = {name: array if share is None else share.here(array) for name, array in named.items()}
+        views = {name: _writable(library.as_numpy(part), name) for name, part in parts.items()}
+        regions = {n: share.region(n, array) for n, array in named.items() if share and parts[n] is not array}
+        for name, key in keys.items():
+            if name in regions:
+                read_region(tensors, key, regions[name])
+            else:
+                tensors.verify(key)
 
         def overwrite() -> None:
             for name, view in views.items():
-                view[...] = read(tensors, keys[name]).bits
-            library.wrote(list(named.values()))
+                if name in regions:
+                    view[...] = read_region(tensors, keys[name], regions[name]).bits.reshape(view.shape)
+                else:
+                    view[...] = read(tensors, keys[name]).bits
+            library.wrote([*named.values(), *(parts[name] for name in regions)])
 
         return overwrite
     entries = entries_of(params, list(named))

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
+from gradstep.arrays.region import Region, Runs, Span, Where, copy, make_up, overlap, regions_of
 from gradstep.arrays.stored import Bits, empty_bits
 from gradstep.checkpoint.container import CODES, DTYPES, Container
 from gradstep.checkpoint.nodes import Entry, read_all, read_text
@@ -27,16 +28,15 @@ SHARD_NAME = re.compile(r"[0-9a-f]{12}-\d{5,}-of-\d{5,}\.safetensors")
 
 
 class Piece(NamedTuple):
-    """Elements `start` to `stop` of a tensor, in C order, which lie in a shard under the tensor's key."""
+    """Elements of a tensor, which lie in a shard under the tensor's key."""
 
     shard: int
-    start: int
-    stop: int
+    where: Where
     sha256: str
 
 
 class Spread(NamedTuple):
-    """A tensor in pieces, in their order."""
+    """A tensor in pieces; in their order, where all are spans."""
 
     shape: Shape
     pieces: Sequence[Piece]
@@ -63,11 +63,30 @@ class Index(NamedTuple):
     def to_json(self) -> str:
         """Text that `index_from_json` reads."""
         tensors = {
-            key: [CODES[shape.dtype], list(shape.shape), [list(piece) for piece in pieces]]
+            key: [CODES[shape.dtype], list(shape.shape), [_row_of(piece) for piece in pieces]]
             for key, (shape, pieces) in self.tensors.items()
         }
         shards = [list(shard) for shard in self.shards]
         return json.dumps({"shards": shards, "tensors": tensors}, separators=(",", ":"))
+
+
+def _row_of(piece: Piece) -> list[Any]:
+    """`[shard, start, stop, hash]`; or `[shard, ends along each axis, hash]` of a region."""
+    where = plain(piece.where)
+    return [piece.shard, *(where if isinstance(piece.where, Span) else [where]), piece.sha256]
+
+
+def plain(where: Where) -> list[Any]:
+    """Elements as plain data: start and stop; of a region for each axis a list, the ends of its runs."""
+    return list(where) if isinstance(where, Span) else [[end for run in runs for end in run] for runs in where.axes]
+
+
+def where_of(data: Sequence[Any], shape: tuple[int, ...]) -> Where:
+    """The reverse of `plain`."""
+    if not isinstance(data[0], list):
+        return Span(*data)
+    axes = cast("Sequence[list[int]]", data)
+    return Region(shape, tuple(tuple(zip(ends[::2], ends[1::2], strict=True)) for ends in axes))
 
 
 def digest_of(metadata: Mapping[str, str]) -> str:
@@ -118,19 +137,39 @@ def _spread(what: str, data: object) -> Spread:
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(f"{what} has the unknown dtype {code!r}")
     shape = Shape(DTYPES[code], tuple(read_all(what, sizes, _number)))
-    found = read_all(what, pieces, _piece)
-    ends = [0, *(piece.stop for piece in found)]
-    if [piece.start for piece in found] != ends[:-1] or ends[-1] != shape.size or not found:
+    found = read_all(what, pieces, lambda what, data: _piece(what, data, shape.shape))
+    if not found or not _make_up(shape, [piece.where for piece in found]):
         raise CheckpointError(f"{what} has pieces that do not make up its {shape.size} elements")
     return Spread(shape, found)
 
 
-def _piece(what: str, data: object) -> Piece:
-    shard, start, stop, digest = _row(what, data, 4)
-    piece = Piece(_number(what, shard), _number(what, start), _number(what, stop), read_text(what, digest))
-    if piece.start > piece.stop:
+def _make_up(shape: Shape, parts: Sequence[Where]) -> bool:
+    spans = [part for part in parts if isinstance(part, Span)]
+    if len(spans) < len(parts):
+        return all(span.stop <= shape.size for span in spans) and make_up(shape.shape, parts)
+    ends = [0, *(span.stop for span in spans)]
+    return [span.start for span in spans] == ends[:-1] and ends[-1] == shape.size
+
+
+def _piece(what: str, data: object, shape: tuple[int, ...]) -> Piece:
+    row = read_all(what, data, lambda _, value: value)
+    if len(row) == 3:
+        shard, axes, digest = row
+        pairs = zip(_row(what, axes, len(shape)), shape, strict=True)
+        region = Region(shape, tuple(_runs(what, ends, length) for ends, length in pairs))
+        return Piece(_number(what, shard), region, read_text(what, digest))
+    shard, start, stop, digest = _row(what, row, 4)
+    piece = Piece(_number(what, shard), Span(_number(what, start), _number(what, stop)), read_text(what, digest))
+    if start > stop:
         raise CheckpointError(f"{what} ends before it begins")
     return piece
+
+
+def _runs(what: str, data: object, length: int) -> Runs:
+    ends = read_all(what, data, _number)
+    if not ends or len(ends) % 2 or any(a >= b for a, b in itertools.pairwise(ends)) or ends[-1] > length:
+        raise CheckpointError(f"{what} has no ascending ranges of an axis of length {length}: {ends}")
+    return tuple(zip(ends[::2], ends[1::2], strict=True))
 
 
 def _row(what: str, data: object, length: int) -> list[Any]:
@@ -184,10 +223,28 @@ class ShardTensors:
     def fetch(self, key: str, room: Bits, first: int = 0) -> None:
         """See `Tensors.fetch`. Of a piece of which anything is wanted the rest is read too, through a small buffer."""
         flat = room.reshape(-1)
-        for piece in self.index.tensors[key].pieces:
-            start, stop = max(piece.start, first), min(piece.stop, first + flat.size)
+        (_, shape), pieces = self.index.tensors[key]
+        for piece in pieces:
+            if isinstance(piece.where, Region):
+                self._pick(key, piece, flat, regions_of(Span(first, first + flat.size), shape))
+                continue
+            start, stop = max(piece.where.start, first), min(piece.where.stop, first + flat.size)
             if start < stop:
-                self._fetch(key, piece, flat[start - first : stop - first], start - piece.start)
+                self._fetch(key, piece, flat[start - first : stop - first], start - piece.where.start)
+
+    def fetch_region(self, key: str, room: Bits, region: Region) -> None:
+        """See `Tensors.fetch_region`. A piece of which anything is wanted is in memory for a while, all of it."""
+        for piece in self.index.tensors[key].pieces:
+            self._pick(key, piece, room.reshape(-1), [region])
+
+    def _pick(self, key: str, piece: Piece, room: Bits, wanted: Sequence[Region]) -> None:
+        """Write what a piece has of the regions that follow on each other in `room`."""
+        dtype, shape = self.index.tensors[key].shape
+        there = regions_of(piece.where, shape)
+        if overlap(there, wanted):
+            bits = empty_bits((piece.where.size,), dtype)
+            self._fetch(key, piece, bits, 0)
+            copy(bits, there, room, wanted)
 
     def is_whole(self, key: str) -> bool:
         """See `SavedTensors.is_whole`."""
@@ -209,7 +266,7 @@ class ShardTensors:
         """Fill `room`; whether the piece is what was saved."""
         container, dtype = self._container(piece.shard), self.index.tensors[key].shape.dtype
         extent = container.tensors.get(key)
-        if extent is None or (extent.dtype, Shape(*extent[:2]).size) != (dtype, piece.stop - piece.start):
+        if extent is None or (extent.dtype, Shape(*extent[:2]).size) != (dtype, piece.where.size):
             raise container.damaged(f"it does not hold the piece of tensor {key!r} that {self.path.name} says")
         return container.fetch(key, room, first) == piece.sha256
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from gradstep.arrays.region import Region
 from gradstep.arrays.stored import Bits, Stored, bits_of, dtype_of, empty_bits
 from gradstep.checkpoint.container import Container, itemsize
 from gradstep.errors import CheckpointError
@@ -45,6 +46,10 @@ class Tensors(Protocol):
         Raises:
             CheckpointError: they are not what was saved, or others in the same file and tensor are not.
         """
+        ...
+
+    def fetch_region(self, key: str, room: Bits, region: Region) -> None:
+        """The same with the elements of a region, each part of a file being read once."""
         ...
 
     def verify(self, key: str) -> None:
@@ -89,6 +94,17 @@ def read_part(tensors: Tensors, key: str, first: int, stop: int) -> Stored:
     return Stored(bits, dtype)
 
 
+def read_region(tensors: Tensors, key: str, region: Region) -> Stored:
+    """The elements of a region of a tensor, as a new array of the region's lengths."""
+    dtype = tensors.shape(key).dtype
+    bits, start = empty_bits(region.lengths, dtype), region.start
+    if start is None:
+        tensors.fetch_region(key, bits, region)
+    elif bits.size:
+        tensors.fetch(key, bits, start)
+    return Stored(bits, dtype)
+
+
 class FileTensors:
     """The tensors of a file, verified by their hashes whenever they are read."""
 
@@ -115,6 +131,10 @@ class FileTensors:
         """See `Tensors.fetch`."""
         if self._container.fetch(key, room, first) != self._hashes[key]:
             raise self._container.damaged(f"the bytes of tensor {key!r} are not those that were saved")
+
+    def fetch_region(self, key: str, room: Bits, region: Region) -> None:
+        """See `Tensors.fetch_region`."""
+        room[...] = read(self, key).bits[region.picked]
 
     def is_whole(self, key: str) -> bool:
         """See `SavedTensors.is_whole`."""
@@ -147,6 +167,10 @@ class HeldTensors:
         """See `Tensors.fetch`."""
         bits = bits_of(self._arrays[key], f"the state dict's {key!r}")
         room.reshape(-1)[...] = bits.reshape(-1)[first : first + room.size].view(room.dtype)
+
+    def fetch_region(self, key: str, room: Bits, region: Region) -> None:
+        """See `Tensors.fetch_region`."""
+        room[...] = bits_of(self._arrays[key], f"the state dict's {key!r}")[region.picked].view(room.dtype)
 
     def verify(self, key: str) -> None:
         """See `Tensors.verify`."""

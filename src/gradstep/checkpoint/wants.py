@@ -1,12 +1,13 @@
 """What given parameters need of a checkpoint: which arrays, and where and how these are to lie."""
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gradstep.arrays.library import Form, FunctionalLibrary, Library, MemoryLibrary, recognise
 from gradstep.arrays.memory import Memory, axis_order
+from gradstep.arrays.region import Region, Span, Where
 from gradstep.arrays.stored import Stored, dtype_of
 from gradstep.checkpoint.matching import RuleMatch
 from gradstep.checkpoint.tensors import Shape
@@ -22,7 +23,10 @@ from gradstep.step.storage import Part, parts_of
 
 @dataclass(frozen=True)
 class WantInMemory:
-    """The needs of a parameter in memory: its arrays, and the order of axes of those that have its shape."""
+    """The needs of a parameter in memory: its arrays, and the order of axes of those that have its shape.
+
+    `memory` is what is here of the parameter; `parts` are the arrays of the whole one.
+    """
 
     library: MemoryLibrary
     memory: Memory
@@ -33,13 +37,21 @@ class WantInMemory:
 
     def land(self, slot: str, stored: Stored) -> Any:
         """A loaded array of its state as one of the library."""
-        part = self.parts[slot]
-        return stored.in_memory(self.library, self.walked if part.kind is Kind.FULL else range(len(part.shape)))
+        alike = self.parts[slot].kind is Kind.FULL and stored.shape == self.memory.shape
+        return stored.in_memory(self.library, self.walked if alike else range(len(stored.shape)))
 
-    def part_of(self, slot: str, elements: tuple[int, int]) -> tuple[int, int]:
+    @property
+    def is_coded(self) -> bool:
+        """Whether elements of its state are codes of 8 bits."""
+        return any(part.kind is Kind.LEAD for part in self.parts.values())
+
+    def part_of(self, slot: str, elements: Where) -> Where:
         """Where a part of the parameter lies in an array of its state."""
-        start, stop = elements
-        return elements if self.parts[slot].kind is Kind.FULL else (start // QUANTUM, -(-stop // QUANTUM))
+        if self.parts[slot].kind is Kind.FULL:
+            return elements
+        span = elements.where if isinstance(elements, Region) else elements
+        assert isinstance(span, Span), "codes go by the order of elements"
+        return Span(span.start // QUANTUM, -(-span.stop // QUANTUM))
 
     def land_part(self, stored: Stored) -> Any:
         """Elements of an array of its state, flat, as an array of the library."""
@@ -74,9 +86,12 @@ Wants = Mapping[str, Want]
 
 
 def wants_of(
-    optimizer: Optimizer, rules: Sequence[RuleMatch], frozen: Sequence[str], like: Mapping[str, Any]
-) -> list[Wants]:
+    optimizer: Optimizer, rules: Sequence[RuleMatch], frozen: Sequence[str], like: Mapping[str, Any],
+    here: Callable[[Any], Any] = lambda array: array,
+) -> list[Wants]:  # fmt: skip
     """What these parameters need of each optimizer with a rule, in the order of `rules`.
+
+    `here` gives what this process has of one.
 
     Arrays of integers need nothing: they are a model's counters, which come along with its parameters.
 
@@ -88,7 +103,7 @@ def wants_of(
     routes = {id(leaf): names for leaf, names in optimizer._route(named, remember=False)}
     return [
         {
-            name: _want(library, rule, name, named[name])
+            name: _want(library, rule, name, named[name], here)
             for name in routes.get(id(rule.leaf), ())
             if name in moving or name in rule.node.state  # what was frozen later has state
         }
@@ -96,15 +111,16 @@ def wants_of(
     ]
 
 
-def _want(library: Library, rule: RuleMatch, name: str, parameter: Any) -> Want:
+def _want(library: Library, rule: RuleMatch, name: str, parameter: Any, here: Callable[[Any], Any]) -> Want:
     if library.in_place is True:
-        form = memory = check_parameter(library, name, parameter)
+        form = memory = check_parameter(library, name, here(parameter))
     else:
         form, memory = describe_floats(library, parameter, f"params[{name!r}]"), None
-    program = rule.leaf.program_for(rule.leaf.settings_in(rule.settings, name), len(form.shape))
+    shape = tuple(map(int, parameter.shape))
+    program = rule.leaf.program_for(rule.leaf.settings_in(rule.settings, name), len(shape))
     formats = rule.leaf.storage.formats(program.slots, form.dtype, form.dtype)
-    parts = {part.name: part for part in parts_of(program, formats, form.shape)}
-    total = Shape(compute_dtype(form.dtype), form.shape)
+    parts = {part.name: part for part in parts_of(program, formats, shape)}
+    total = Shape(compute_dtype(form.dtype), shape)
     if library.in_place is True and memory is not None:
         return WantInMemory(library, memory, program, parts, walking_order(memory, program, formats), total)
     assert library.in_place is False

@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from gradstep.distributed.dtensors import Placed, Region
+from gradstep.arrays.region import Region, Span, Where
+from gradstep.distributed.dtensors import Placed
 from gradstep.distributed.group import MeshGroup
 from gradstep.errors import ConfigurationError
 
@@ -30,7 +31,21 @@ class Census:
     def __init__(self, group: MeshGroup) -> None:
         self._group = group
         self._holdings: dict[str, list[Holding]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self.untried: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._holdings
+
+    def copy(self) -> "Census":
+        """Another one that knows the same."""
+        other = Census(self._group)
+        other._holdings, other._shapes, other.untried = dict(self._holdings), dict(self._shapes), set(self.untried)
+        return other
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the whole parameter."""
+        return self._shapes[name]
 
     def lacking(self, placed: Mapping[str, Placed]) -> list[str]:
         """The parameters of which nothing is known, or that this rank has otherwise now."""
@@ -53,7 +68,7 @@ class Census:
             shape = placed[name].shape
             holdings = [_holding(shape, *message[name]) for message in messages]
             _check(name, placed[name], holdings)
-            self._holdings[name] = holdings
+            self._holdings[name], self._shapes[name] = holdings, shape
             self.untried.add(name)
 
     def regions(self, name: str) -> list[Region | None]:
@@ -67,6 +82,10 @@ class Census:
             if region:
                 found.setdefault(region, rank)
         return {rank: region for region, rank in found.items()}
+
+    def wheres(self, name: str) -> dict[int, Where]:
+        """The same, as spans where elements follow on each other; rank 0 has what has no elements."""
+        return {rank: region.where for rank, region in self.first(name).items()} or {0: Span(0, 0)}
 
     def copies(self, name: str) -> list[list[int]]:
         """Ranks that have the same region, but not by one mesh: nobody but their code makes them equal."""

@@ -1,55 +1,14 @@
 """DTensors of torch: which elements of a whole tensor this rank has, and in which memory."""
 
 import itertools
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from gradstep.arrays.region import Region, Runs
 from gradstep.errors import ConfigurationError
-
-Runs: TypeAlias = tuple[tuple[int, int], ...]
-"""Ranges of indices along an axis, each from its first to behind its last."""
-
-
-class Region(NamedTuple):
-    """The elements that a rank has of a tensor: those whose indices lie in the runs of every axis."""
-
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    axes: tuple[Runs, ...]
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """The shape of what the rank has."""
-        return tuple(sum(stop - start for start, stop in runs) for runs in self.axes)
-
-    @property
-    def size(self) -> int:
-        """How many elements these are."""
-        return math.prod(self.lengths)
-
-    @property
-    def start(self) -> int | None:
-        """The number of the first element in the whole tensor; None where they do not follow on each other there."""
-        if not self.size:
-            return 0
-        if any(len(runs) > 1 for runs in self.axes):
-            return None
-        lengths = self.lengths
-        cut = next((axis for axis, length in enumerate(lengths) if length > 1), len(lengths))
-        if lengths[cut + 1 :] != self.shape[cut + 1 :]:
-            return None
-        return sum(runs[0][0] * math.prod(self.shape[axis + 1 :]) for axis, runs in enumerate(self.axes))
-
-    @property
-    def picked(self) -> Any:
-        """What picks the elements out of the whole tensor, as an array of NumPy."""
-        if all(len(runs) == 1 for runs in self.axes):
-            return tuple(slice(*runs[0]) for runs in self.axes)
-        return np.ix_(*(np.concatenate([np.arange(0), *(np.arange(*run) for run in runs)]) for runs in self.axes))
 
 
 class Placed(NamedTuple):
@@ -140,9 +99,8 @@ def placed(name: str, parameter: Any, rank: int) -> Placed:
         ConfigurationError: the placement is one that cannot be stepped.
     """
     shape = tuple(int(length) for length in parameter.shape)
-    whole = Region(shape, tuple(((0, length),) for length in shape))
     if not is_dtensor(parameter):
-        return Placed(shape, "a plain tensor", whole, (rank,))
+        return Placed(shape, "a plain tensor", Region.all_of(shape), (rank,))
     mesh, text = parameter.device_mesh, placing(parameter)
     ranks = tuple(mesh.mesh.flatten().tolist())
     coordinate = mesh.get_coordinate()
@@ -158,14 +116,6 @@ def placed(name: str, parameter: Any, rank: int) -> Placed:
             f"has {tuple(part_of(parameter).shape)}; make it by distribute_tensor or fully_shard"
         )
     return Placed(shape, text, region, ranks)
-
-
-def unsaved(what: str) -> ConfigurationError:
-    """The error for checkpoints of DTensors."""
-    return ConfigurationError(
-        f"{what} shared out as the placements of DTensors say, and checkpoints hold what Sharded has shared out "
-        "itself; save the parameters with torch.distributed.checkpoint"
-    )
 
 
 def _cut(name: str, placement: Any, indices: list[Any], place: int, count: int) -> None:

@@ -2,22 +2,25 @@
 # pyright: reportPrivateUsage=false
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from gradstep.arrays.library import recognise
+from gradstep.arrays.region import Region, Span, Where
 from gradstep.checkpoint.nodes import Document
 from gradstep.checkpoint.restore import Restoration, prepare
 from gradstep.checkpoint.snapshot import State, checked_arrays, snapshot
 from gradstep.checkpoint.tensors import Tensors
 from gradstep.checkpoint.wants import WantInMemory
+from gradstep.distributed.census import Census
 from gradstep.distributed.council import Council, Facts, Said, word_of
-from gradstep.distributed.dtensors import is_dtensor, unsaved
-from gradstep.distributed.group import Group
+from gradstep.distributed.dtensors import Placed, is_dtensor, part_of
+from gradstep.distributed.group import Group, MeshGroup
 from gradstep.distributed.partition import Partition
+from gradstep.distributed.placed_step import first_element, mesh_group, places_of
 from gradstep.distributed.saving import forms_of
-from gradstep.distributed.sharded_step import extent_of, unsharded
+from gradstep.distributed.sharded_step import extent_of, needs_whole, unsharded, whole_extent
 from gradstep.errors import ConfigurationError
 from gradstep.optimizer import Optimizer
 from gradstep.persistence import Loading
@@ -37,12 +40,22 @@ class Loaded(NamedTuple):
 
     restoration: Restoration
     partition: Partition
+    census: Census | None
+    facts: Facts
+
+
+class Asked(NamedTuple):
+    """Where the elements of the parameters belong, before anything is read."""
+
+    group: MeshGroup | None
+    """Where any parameter is a DTensor."""
+    places: Mapping[str, Placed]
     facts: Facts
 
 
 def read_parts(
     whole: Optimizer, opened: Callable[[], AbstractContextManager[Source]], loading: Loading,
-    group: Group, council: Council, partition: Partition, stack: contextlib.ExitStack,
+    group: Group, council: Council, partition: Partition, census: Census | None, stack: contextlib.ExitStack,
 ) -> Loaded:  # fmt: skip
     """Read on every rank what will be its own; nothing changes yet.
 
@@ -51,41 +64,112 @@ def read_parts(
         opened: opens the checkpoint, of any number of ranks or of one process.
         loading: how it is loaded.
         group, council: the ranks.
-        partition: who has what of the state that there is.
+        partition, census: who has what of the state that there is.
         stack: keeps the checkpoint open.
     """
-    return council.attempt(
-        lambda: _read(whole, stack.enter_context(opened()), loading, group, partition),
-        lambda here: Said(word_of(here.facts), lambda: here.facts),
-    )
+    asked = council.attempt(lambda: _asked(loading, group), lambda here: Said(word_of(here.facts), lambda: here.facts))
+    kept = None if loading.strict else census
+    if asked.group is not None:
+        kept = Census(asked.group) if kept is None else kept.copy()
+        kept.take(asked.places, list(asked.places))
+
+    def read() -> Loaded:
+        source = stack.enter_context(opened())
+        owners = Partition(group.size) if loading.strict else partition
+        share = _PlacedShare(asked, group.rank, owners) if asked.group is not None else _CutShare(group.rank, owners)
+        empty: list[State] = [{} for _ in whole._leaves()]
+        mine = snapshot(whole, {}, empty).document.optimizer
+        restoration = prepare(whole, mine, source.document, source.tensors, loading, share)
+        return Loaded(restoration, share.partition, kept, {"the checkpoint, by its digest": source.digest})
+
+    return council.attempt(read, lambda here: Said(word_of(here.facts), lambda: here.facts))
 
 
-def _read(whole: Optimizer, source: Source, loading: Loading, group: Group, partition: Partition) -> Loaded:
+def _asked(loading: Loading, group: Group) -> Asked:
+    loading.checked()
     likes = loading.params if loading.like is None else loading.like
     if likes is None:
         raise ConfigurationError(
             "a Sharded optimizer loads the part of the state that will be its own, which depends on the "
             "parameters: pass params to overwrite them too, or like=params"
         )
-    if any(map(is_dtensor, named_arrays(likes, "params").values())):
-        raise unsaved("these parameters are")
-    named = checked_arrays(likes, "params" if loading.like is None else "like")
+    named = dict(sorted(checked_arrays(likes, "params" if loading.like is None else "like").items()))
     library = recognise(params=named)
     if library.in_place is False:
         raise unsharded(library)
-    larger = Partition(group.size) if loading.strict else partition
-
-    def share(wants: Mapping[str, WantInMemory]) -> dict[str, tuple[int, int]]:
-        nonlocal larger
-        larger = larger.extended({name: extent_of(want.program, want.memory) for name, want in wants.items()})
-        return {name: part[1:] for name, part in larger.of_rank(group.rank, wants).items()}
-
-    empty: list[State] = [{} for _ in whole._leaves()]
-    mine = snapshot(whole, {}, empty).document.optimizer
-    restoration = prepare(whole, mine, source.document, source.tensors, loading, share)
-    return Loaded(restoration, larger, {"the checkpoint, by its digest": source.digest, **_how(loading, named)})
+    both = {**named, **({} if loading.params is None else named_arrays(loading.params, "params"))}
+    placed = sorted(name for name, array in both.items() if is_dtensor(array))
+    meshes = mesh_group(group, placed[0]) if placed else None
+    places = {} if meshes is None else places_of(named, meshes)
+    return Asked(meshes, places, _how(loading, named, placed))
 
 
-def _how(loading: Loading, named: Mapping[str, Any]) -> Facts:
-    given = {"params": loading.params is not None, "strict": loading.strict, "hyperparameters": loading.whose}
+def _how(loading: Loading, named: Mapping[str, Any], placed: Sequence[str]) -> Facts:
+    given = {
+        "params": loading.params is not None,
+        "strict": loading.strict,
+        "hyperparameters": loading.whose,
+        "DTensors": placed,
+    }
     return {**{f"load's {name}": repr(value) for name, value in given.items()}, **forms_of(named)}
+
+
+class _CutShare:
+    """A rank's share of what `Sharded` cuts itself: all of every parameter, and portions of their state.
+
+    `partition` grows when it is asked for state.
+    """
+
+    def __init__(self, rank: int, partition: Partition) -> None:
+        self._rank, self.partition = rank, partition
+
+    def here(self, array: Any) -> Any:
+        """See `Share.here`."""
+        return array
+
+    def region(self, name: str, array: Any) -> Region:
+        """See `Share.region`."""
+        return Region.all_of(tuple(array.shape))
+
+    def state(self, wants: Mapping[str, WantInMemory]) -> Mapping[str, Where]:
+        """See `Share.state`."""
+        extents = {name: extent_of(want.program, want.memory) for name, want in wants.items()}
+        self.partition = self.partition.extended(extents)
+        return {name: Span(*part[1:]) for name, part in self.partition.of_rank(self._rank, wants).items()}
+
+
+class _PlacedShare:
+    """A rank's share of what placements share out: its parts of parameters, their state, and that of what it owns."""
+
+    def __init__(self, asked: Asked, rank: int, partition: Partition) -> None:
+        assert asked.group is not None
+        self._group, self._places, self._rank, self.partition = asked.group, asked.places, rank, partition
+
+    def here(self, array: Any) -> Any:
+        """See `Share.here`."""
+        return part_of(array)
+
+    def region(self, name: str, array: Any) -> Region:
+        """See `Share.region`."""
+        place = places_of({name: array}, self._group)[name]
+        return place.region or Region.none_of(place.shape)
+
+    def state(self, wants: Mapping[str, WantInMemory]) -> Mapping[str, Where]:
+        """See `Share.state`."""
+        owned = {
+            name: whole_extent(want.program, self._places[name].shape)
+            for name, want in wants.items()
+            if needs_whole(want.program)
+        }
+        self.partition = self.partition.extended(owned)
+        found: dict[str, Where] = {
+            name: Span(*part[1:]) for name, part in self.partition.of_rank(self._rank, owned).items()
+        }
+        for name, want in wants.items():
+            _, text, region, _ = self._places[name]
+            if name in owned or region is None:
+                continue
+            if want.is_coded:
+                first_element(name, text, region, coded=True)
+            found[name] = region
+        return found

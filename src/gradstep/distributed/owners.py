@@ -7,8 +7,8 @@ import numpy as np
 
 from gradstep.arrays.library import MemoryLibrary
 from gradstep.arrays.memory import Memory
+from gradstep.arrays.region import Region
 from gradstep.distributed.census import Census
-from gradstep.distributed.dtensors import Region
 from gradstep.distributed.exchange import Delivery, Letter
 from gradstep.distributed.group import Array, MeshGroup
 

@@ -8,10 +8,11 @@ import numpy as np
 
 from gradstep.arrays.library import OTHER, STAYED, MemoryLibrary
 from gradstep.arrays.memory import Integers, Memory
+from gradstep.arrays.region import Region
 from gradstep.distributed.census import Census
 from gradstep.distributed.council import Facts
 from gradstep.distributed.dtensors import (
-    Region,
+    Placed,
     is_dtensor,
     is_placed_like,
     part_of,
@@ -46,6 +47,49 @@ def mesh_group(group: Group, name: str) -> MeshGroup:
         f"params[{name!r}] is a DTensor, and the group is one of {group.name}; DTensors belong to torch.distributed: "
         "pass torch.distributed.group.WORLD, or another process group of all ranks that share the model"
     )
+
+
+def places_of(params: Mapping[str, Any], group: MeshGroup) -> dict[str, Placed]:
+    """Where the elements of parameters belong.
+
+    Raises:
+        ConfigurationError: a placement that cannot be stepped, or one among ranks outside of the group.
+    """
+    places = {name: placed(name, array, group.members[group.rank]) for name, array in params.items()}
+    for name, place in places.items():
+        strange = sorted(set(place.mesh) - set(group.members))
+        if strange:
+            raise ConfigurationError(
+                f"params[{name!r}] is placed on a mesh with rank {strange[0]}, which is not in the group; give "
+                "Sharded the group of all ranks that share the model, such as torch.distributed.group.WORLD"
+            )
+    return places
+
+
+def first_element(name: str, text: str, region: Region, *, coded: bool) -> int:
+    """The number of a region's first element in the whole tensor, by whose order it is to be stored.
+
+    Args:
+        name, text: the parameter, and how it is placed.
+        region: which elements are stored.
+        coded: whether as codes of 8 bits.
+
+    Raises:
+        ConfigurationError: they are out of order, or begin within a block of codes.
+    """
+    if region.start is None:
+        raise ConfigurationError(
+            f"params[{name!r}] is placed as {text}, and its elements on this rank do not follow on each other in "
+            "the whole tensor, by whose order stochastic rounding and int8 slots go; place it as Shard(0), or "
+            'keep slots in float32, bfloat16 or float16 with rounding="nearest"'
+        )
+    if coded and region.start % QUANTUM:
+        raise ConfigurationError(
+            f"params[{name!r}] is placed as {text}, and begins with element {region.start} on this rank; int8 "
+            f"slots have a scale for each {QUANTUM} elements of the whole tensor, so that a shard must begin at a "
+            f"multiple of {QUANTUM}: pad the tensor, or keep its slots in bfloat16"
+        )
+    return region.start
 
 
 def owned_extents(routes: Routes, params: Mapping[str, Any]) -> dict[str, Extent]:
@@ -109,8 +153,7 @@ class PlacedPlan(RankPlan):
     ) -> None:
         super().__init__(library, routes, list(params))
         self._group, self._census = group, census
-        self._places = {name: placed(name, params[name], group.members[group.rank]) for name in self.names}
-        self._check_members()
+        self._places = places_of({name: params[name] for name in self.names}, group)
         # While a step is taken: what is here of the parameters, and the gradients as the rules and the norm read them.
         self._parts: Mapping[str, Any] = parts_of(params)
         self._hands: Mapping[str, Any] = parts_of(grads)
@@ -152,15 +195,6 @@ class PlacedPlan(RankPlan):
 
     def _new(self, shape: Sequence[int], dtype: str) -> Any:
         return self.library.zeros(shape, range(len(shape)), dtype)
-
-    def _check_members(self) -> None:
-        for name, place in self._places.items():
-            strange = sorted(set(place.mesh) - set(self._group.members))
-            if strange:
-                raise ConfigurationError(
-                    f"params[{name!r}] is placed on a mesh with rank {strange[0]}, which is not in the group; give "
-                    "Sharded the group of all ranks that share the model, such as torch.distributed.group.WORLD"
-                )
 
     def _is_moved(self, name: str, parameter: Any, gradient: Any) -> bool:
         """Whether a gradient must be placed like its parameter first."""
@@ -206,24 +240,8 @@ class PlacedPlan(RankPlan):
         )
         start = 0
         if name not in self._owners and region and any(kept.ordered for kept in formats.values()):
-            start = self._start(name, region, coded=any(kept.coded for kept in formats.values()))
+            start = first_element(name, place.text, region, coded=any(kept.coded for kept in formats.values()))
         return Piece(start, len(place.shape))
-
-    def _start(self, name: str, region: Region, *, coded: bool) -> int:
-        text = self._places[name].text
-        if region.start is None:
-            raise ConfigurationError(
-                f"params[{name!r}] is placed as {text}, and its elements on this rank do not follow on each other in "
-                "the whole tensor, by whose order stochastic rounding and int8 slots go; place it as Shard(0), or "
-                'keep slots in float32, bfloat16 or float16 with rounding="nearest"'
-            )
-        if coded and region.start % QUANTUM:
-            raise ConfigurationError(
-                f"params[{name!r}] is placed as {text}, and begins with element {region.start} on this rank; int8 "
-                f"slots have a scale for each {QUANTUM} elements of the whole tensor, so that a shard must begin at a "
-                f"multiple of {QUANTUM}: pad the tensor, or keep its slots in bfloat16"
-            )
-        return region.start
 
     # What all ranks must have in common
 

@@ -11,7 +11,7 @@ import numpy as np
 from gradstep.arrays.library import MemoryLibrary, recognise
 from gradstep.distributed.census import Census
 from gradstep.distributed.council import Council, Facts, Said, word_of
-from gradstep.distributed.dtensors import gradient_parts, is_dtensor, part_of, parts_of, unsaved
+from gradstep.distributed.dtensors import gradient_parts, is_dtensor, part_of, parts_of
 from gradstep.distributed.group import Array, Group, group_of
 from gradstep.distributed.partition import Partition
 from gradstep.distributed.placed_step import PlacedPlan, mesh_group, owned_extents, placed_bill
@@ -84,8 +84,8 @@ class Sharded(Wrapper):
     rank's parts, flat where a tensor was cut, and `steps` their counts.
 
     All call `save` and `load` together, with the same name of a file in a folder that they share. Each writes its
-    parts into `name.shards/`, then rank 0 the index. Any number of ranks, or a plain optimizer, goes on from it; `load`
-    needs `params`, or `like`.
+    parts into `name.shards/`, then rank 0 the index. Any number of ranks, or a plain optimizer, goes on from it, with
+    whole parameters or with DTensors in any placement; `load` needs `params`, or `like`.
 
     Args:
         optimizer: whose steps are taken, a `MultiOptimizer` too.
@@ -345,14 +345,13 @@ class Sharded(Wrapper):
     # Checkpoints
 
     def _save_as(self, whole: Optimizer, path: str | os.PathLike[str], params: object, keep: int | None) -> None:
-        from gradstep.distributed.saving import save
+        from gradstep.distributed.saving import Owned, save
 
         def body() -> None:
             with InterruptsHeld():
                 self._refuse_half()
-                if self._census is not None:
-                    raise unsaved("their state is")
-                save(whole, path, params, keep, self._group, self._council, self._partition, self._begun)
+                owners = Owned(self._partition, self._census)
+                save(whole, path, params, keep, self._group, self._council, owners, self._begun)
 
         whole._exclusively(body)
 
@@ -387,10 +386,12 @@ class Sharded(Wrapper):
 
         def body() -> "list[Difference]":
             with InterruptsHeld(), contextlib.ExitStack() as stack:
-                loaded = read_parts(whole, opened, loading, self._group, self._council, self._partition, stack)
+                loaded = read_parts(
+                    whole, opened, loading, self._group, self._council, self._partition, self._census, stack
+                )
                 self._planned_step, self._compared, self._half_loaded = None, False, True
                 self._council.attempt(loaded.restoration.adopt)
-                self._partition, self._half_loaded = loaded.partition, False
+                self._partition, self._census, self._half_loaded = loaded.partition, loaded.census, False
             return loaded.restoration.differences
 
         return whole._exclusively(body)
