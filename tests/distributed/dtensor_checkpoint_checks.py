@@ -116,7 +116,7 @@ class Meshes:
             "columns": (self.flat, [Shard(1)]),
             "square": (self.square, [Shard(0), Shard(1)]),
             "replicas": (self.square, [Replicate(), Shard(0)]),
-            "few": (self.square, [Shard(1), Replicate()]),
+            "copies": (self.square, [Shard(1), Replicate()]),
         }
         return {**spread(tree, *placements[kind]), "plain": tree["plain"]}
 
@@ -140,8 +140,8 @@ def write(folder: Path, meshes: Meshes) -> None:
 def goes_on(path: Path, name: str, params: Tree) -> None:
     """Load, save at once what has been loaded, and take a step."""
     opt, rank = sharded(name), distributed.get_rank()
-    versions = {key: local(array)._version for key, array in params.items()}
-    assert opt.load(path, emptied(params)) == []
+    versions = {key: local(array)._version for key, array in emptied(params).items()}
+    assert opt.load(path, params) == []
     one, expected = steps_of_one(MAKERS[name], BEGUN)
     assert opt.step == one.step
     assert_same(params, expected, near=name in NEAR)
@@ -158,7 +158,7 @@ def goes_on(path: Path, name: str, params: Tree) -> None:
 
 
 def read(folder: Path, meshes: Meshes) -> None:
-    kinds = ["square", "replicas", "few"] if distributed.get_world_size() == 4 else ["rows", "columns"]
+    kinds = ["square", "replicas", "copies"] if distributed.get_world_size() == 4 else ["rows", "columns"]
     others = [] if len(kinds) == 3 else [(name, "one") for name in MAKERS]
     for number, (name, kind) in enumerate([*WRITTEN, *others]):
         if name == "Net":
@@ -290,8 +290,29 @@ def nothing_changes_where_bytes_are_damaged(folder: Path, meshes: Meshes) -> Non
         assert all(torch.equal(opt.state[name][slot], a) for slot, a in state[name].items())
 
 
+def state_dicts_are_shared_out(folder: Path, meshes: Meshes) -> None:
+    for name in ("Adam", "Muon"):
+        one, expected = steps_of_one(MAKERS[name], BEGUN)
+        params = placed_like(expected, meshes.placed(name, "columns"))
+        opt = sharded(name)
+        assert opt.load_state_dict(one.state_dict(), like=params) == []
+        train(opt, name, params, BEGUN)
+        train(one, name, expected, BEGUN)
+        assert_same(params, expected, near=name in NEAR)
+
+
+def a_step_on_other_placements_leaves_the_state_as_it_is(folder: Path, meshes: Meshes) -> None:
+    opt, params = sharded("Adam"), meshes.placed("Adam", "rows")
+    for step in range(BEGUN):
+        train(opt, "Adam", params, step)
+    all_raise(lambda: train(opt, "Adam", meshes.placed("Adam", "columns"), BEGUN), "opt.init(params) begins anew")
+    opt.save(folder / "as it is", params)
+    goes_on(folder / "as it is", "Adam", meshes.placed("Adam", "columns"))
+
+
 CHECKS = [
-    what_cannot_be, parameters_may_be_placed_otherwise_than_their_state, ranks_may_have_no_share, rounds_go_on,
+    state_dicts_are_shared_out, a_step_on_other_placements_leaves_the_state_as_it_is, what_cannot_be,
+    parameters_may_be_placed_otherwise_than_their_state, ranks_may_have_no_share, rounds_go_on,
     nothing_changes_where_bytes_are_damaged,
 ]  # fmt: skip
 

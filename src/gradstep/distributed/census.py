@@ -84,8 +84,9 @@ class Census:
         return {rank: region for region, rank in found.items()}
 
     def wheres(self, name: str) -> dict[int, Where]:
-        """The same, as spans where elements follow on each other; rank 0 has what has no elements."""
-        return {rank: region.where for rank, region in self.first(name).items()} or {0: Span(0, 0)}
+        """The same, as spans where elements follow on each other; one rank has what has no elements."""
+        found: dict[int, Where] = {rank: region.where for rank, region in self.first(name).items()}
+        return found or {next(rank for rank, here in enumerate(self._holdings[name]) if here.region): Span(0, 0)}
 
     def copies(self, name: str) -> list[list[int]]:
         """Ranks that have the same region, but not by one mesh: nobody but their code makes them equal."""

@@ -221,8 +221,8 @@ def _part(array: Any, name: str, slot: str, owned: Owned, where: Where) -> Part:
         shape, where = (-(-size // QUANTUM),), Span(where.start // QUANTUM, -(-where.stop // QUANTUM))
     if there != where.size:
         raise ConfigurationError(
-            f"state[{name!r}][{slot!r}] has {there} elements on this rank, and {where.size} by the last step's "
-            "placement of the parameter, which is another one now; place it as before"
+            f"state[{name!r}][{slot!r}] has {there} elements on this rank, but {where.size} by the placement with "
+            "which the parameter came last; place it as before and take a step, or load a checkpoint"
         )
     return Part(dtype, shape, where)
 
