@@ -250,9 +250,8 @@ def _described(
 
 def _whole(key: str, array: Any) -> Parts:
     """What all ranks have of an optimizer around the sharded one; rank 0 writes it."""
-    return Parts(
-        dtype_of(array), tuple(array.shape), {0: Span(0, math.prod(array.shape))}, partial(bits_of, array, repr(key))
-    )
+    wheres: Wheres = {0: Span(0, math.prod(array.shape))}
+    return Parts(dtype_of(array), tuple(array.shape), wheres, partial(bits_of, array, repr(key)))
 
 
 def _joined(
