@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import gradstep as gs
 from families import ELEMENTWISE_FAMILIES, MATRIX_FAMILIES, configurations, last_of_each
 from gradstep.distributed.dtensors import placed
+from gradstep.distributed.placed_step import PlacedPlan
 
 Placements = Sequence[Any]
 Make = Callable[[], gs.Optimizer]
@@ -271,6 +272,43 @@ def local(array: Any) -> Any:
     return (array.to_local() if isinstance(array, DTensor) else array).detach()
 
 
+def replicas_begin_alike(mesh: DeviceMesh) -> None:
+    rank = distributed.get_rank()
+    everywhere = [Replicate()] * mesh.ndim
+    own = {"w": DTensor.from_local(torch.full((3, 2), float(rank == 1)), mesh, everywhere, run_check=False)}
+    opt = gs.Sharded(gs.AdamW(0.1), distributed.group.WORLD)
+    with pytest.raises(gs.ConfigurationError, match=r"params\['w'\] differs between rank 0 and rank 1"):
+        opt.apply_gradients(spread({"w": torch.ones(3, 2)}, mesh, everywhere), own)
+    assert local(own["w"]).tolist() == [[float(rank == 1)] * 2] * 3
+    assert opt.step == 0
+
+
+def a_failure_before_shards_are_brought_to_their_owners(mesh: DeviceMesh) -> None:
+    """One rank fails while it fills a buffer: nobody waits for it where owners gather."""
+    rank, kinds = distributed.get_rank(), [Shard(0)] * mesh.ndim
+    params, before = spread(tensors(0), mesh, kinds), spread(tensors(0), mesh, kinds)
+    partial = [Partial()] * mesh.ndim
+    grads = {name: DTensor.from_local(array, mesh, partial, run_check=False) for name, array in tensors(1).items()}
+    opt = gs.Sharded(gs.Muon(0.1), distributed.group.WORLD)
+    filled = PlacedPlan._fill
+    if rank == 1:
+        PlacedPlan._fill = broken
+    began = time.monotonic()
+    try:
+        with pytest.raises(MemoryError, match="rank 1: no room"):
+            opt.apply_gradients(grads, params)
+    finally:
+        PlacedPlan._fill = filled
+    assert time.monotonic() - began < 10
+    for name in params:
+        assert torch.equal(local(params[name]), local(before[name]))
+    opt.apply_gradients(grads, params)
+
+
+def broken(*_: Any) -> None:
+    raise MemoryError("no room")
+
+
 def gradients_that_are_placed_otherwise(mesh: DeviceMesh) -> None:
     """A sum that is still to be made, and gradients that lie elsewhere, are brought to their parameter's placement."""
     last = [Replicate()] * (mesh.ndim - 1)
@@ -464,6 +502,7 @@ def models_train_like_in_one_process(ranks: int) -> None:
 
 
 ON_A_MESH = [
+    replicas_begin_alike, a_failure_before_shards_are_brought_to_their_owners,
     elementwise_rules_give_the_bits_of_one_process, options_are_those_of_one_process,
     storage_that_goes_by_the_order_of_elements, refusals, groups_that_do_not_fit,
     ranks_may_have_no_share, plans_are_made_once, gradients_that_are_placed_otherwise,
@@ -472,8 +511,11 @@ ON_A_MESH = [
 ]  # fmt: skip
 
 ON_ONE_MESH = [
+    replicas_begin_alike, a_failure_before_shards_are_brought_to_their_owners,
     refusals, groups_that_do_not_fit, ranks_may_have_no_share, micro_batches_are_added_up,
     a_gradient_that_is_not_finite_on_one_rank, memory_is_predicted, autograd_notices_the_write,
+    options_are_those_of_one_process, storage_that_goes_by_the_order_of_elements, plans_are_made_once,
+    huge_gradients_have_a_norm,
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class Census:
         group: the ranks.
 
     Attributes:
-        untried: the parameters whose copies have not been compared yet.
+        untried: the parameters whose replicas have not been compared yet.
     """
 
     def __init__(self, group: MeshGroup) -> None:
@@ -88,14 +88,18 @@ class Census:
         found: dict[int, Where] = {rank: region.where for rank, region in self.first(name).items()}
         return found or {next(rank for rank, here in enumerate(self._holdings[name]) if here.region): Span(0, 0)}
 
-    def copies(self, name: str) -> list[list[int]]:
-        """Ranks that have the same region, but not by one mesh: nobody but their code makes them equal."""
+    def replicas(self, name: str) -> list[list[int]]:
+        """Ranks that have the same region."""
         groups: dict[Region, list[int]] = {}
         for rank, region in enumerate(self.regions(name)):
             if region:
                 groups.setdefault(region, []).append(rank)
+        return [ranks for ranks in groups.values() if len(ranks) > 1]
+
+    def copies(self, name: str) -> list[list[int]]:
+        """Those of them that no mesh gives equal gradients: nobody but their code makes them equal."""
         holdings = self._holdings[name]
-        return [ranks for ranks in groups.values() if len({holdings[rank].mesh for rank in ranks}) > 1]
+        return [ranks for ranks in self.replicas(name) if len({holdings[rank].mesh for rank in ranks}) > 1]
 
 
 def _told(here: Placed) -> tuple[object, tuple[int, ...]]:

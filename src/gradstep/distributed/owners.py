@@ -44,6 +44,11 @@ class Owners:
             for memories in (params, grads)
         )
 
+    @property
+    def names(self) -> list[str]:
+        """The parameters that have owners, here or elsewhere."""
+        return list(self._owners)
+
     def __contains__(self, name: str) -> bool:
         return name in self._owners
 

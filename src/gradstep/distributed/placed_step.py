@@ -285,13 +285,33 @@ class PlacedPlan(RankPlan):
         """Place gradients like their parameters, and bring to their owners what must be whole. Nothing is averaged."""
         if not self._met:
             self._meet()
-        for name in self._buffers:
-            self._fill(name, grads[name], params[name], intake, micro)
+        moved = {
+            name: grads[name].detach().redistribute(placements=params[name].placements)
+            for name in self._buffers
+            if name in self._moved
+        }
+        problem = None
+        try:
+            for name in self._buffers:
+                self._fill(name, moved.get(name, grads[name]), intake, micro)
+        except Exception as error:
+            problem = error
+        if self._meets_later and self._group.gather(np.array(problem is not None, np.int64)).any():
+            if problem is not None:
+                raise problem
+            return  # the rank that has failed tells everybody
+        if problem is not None:
+            raise problem
         addresses = self._watch_grads.addresses.copy()
         self._norm.look_at(addresses)
         self._compare()
         self._owners.gather(self._parts, self._hands)
         self.plan.move_gradients(self._in_turn(addresses))
+
+    @property
+    def _meets_later(self) -> bool:
+        """Whether ranks need each other again before they vote; all of them know the same."""
+        return bool(self._copies or self._first_compared or self._owners.names)
 
     def _in_turn(self, addresses: Integers) -> Integers:
         turned = addresses[self._turn]
@@ -306,14 +326,14 @@ class PlacedPlan(RankPlan):
             census.take(self._places, self._lacking)
         self._norm.count([name for name in self.names if rank in census.first(name)])
         self._copies = {name: copies for name in self.names if (copies := census.copies(name))}
+        replicas = {name: census.replicas(name) for name in self.names if name in census.untried}
+        self._first_compared = {name: ranks for name, ranks in replicas.items() if ranks}
         self._owners.meet(census)
         self._lacking, self._met = [], True
 
-    def _fill(self, name: str, gradient: Any, parameter: Any, intake: Intake, micro: float) -> None:
+    def _fill(self, name: str, gradient: Any, intake: Intake, micro: float) -> None:
         """Put into a buffer what the rules read as the gradient."""
         library = self.library
-        if name in self._moved:
-            gradient = gradient.detach().redistribute(placements=parameter.placements)
         values, buffer = library.as_numpy(part_of(gradient)), library.as_numpy(self._buffers[name])
         reading = intake.reading(name)
         if reading in (Reading.WEIGHED, Reading.SUMMED):
@@ -332,15 +352,15 @@ class PlacedPlan(RankPlan):
             yield widened(self.library.as_numpy(self._hands[name]), dtype, compute_dtype(dtype))
 
     def _compare(self) -> None:
-        """Raise on all ranks if copies differ that no mesh keeps equal: their gradients, and what they begin with."""
-        compared = [("grads", name, self._hands[name]) for name in self._copies]
-        compared += [("params", name, self._parts[name]) for name in self._copies if name in self._census.untried]
+        """Raise on all ranks if replicas differ in what they begin with, or copies in their gradients."""
+        compared = [("grads", name, self._hands[name], ranks) for name, ranks in self._copies.items()]
+        compared += [("params", name, self._parts[name], ranks) for name, ranks in self._first_compared.items()]
         if not compared:
             return
-        words = [zlib.crc32(np.ascontiguousarray(self.library.as_numpy(array)).data) for _, _, array in compared]
+        words = [zlib.crc32(np.ascontiguousarray(self.library.as_numpy(array)).data) for _, _, array, _ in compared]
         everybody = self._group.gather(np.array(words, np.int64))
-        for (tree, name, _), column in zip(compared, everybody.T.tolist(), strict=True):
-            for ranks in self._copies[name]:
+        for (tree, name, _, replicas), column in zip(compared, everybody.T.tolist(), strict=True):
+            for ranks in replicas:
                 other = next((rank for rank in ranks if column[rank] != column[ranks[0]]), None)
                 if other is not None:
                     raise ConfigurationError(
@@ -348,7 +368,8 @@ class PlacedPlan(RankPlan):
                         f"same elements ({self._places[name].text}) and no mesh that keeps them equal; "
                         + ("average it over these ranks before the step" if tree == "grads" else "seed all ranks alike")
                     )
-        self._census.untried -= self._copies.keys()
+        self._census.untried -= self._first_compared.keys()
+        self._first_compared = {}
 
     def _written(self, params: Mapping[str, Any]) -> list[Any]:
         arrays = self._sorted(params)

@@ -317,12 +317,13 @@ class Sharded(Wrapper):
     ) -> tuple[MemoryLibrary, Mapping[str, Any], Routes, Partition]:
         """What would be whose, if all these parameters had gradients."""
         self._check_options()
-        named = thawed(named_arrays(params, "params"), self._frozen)
+        everything = named_arrays(params, "params")
+        named = thawed(everything, self._frozen)
         library = recognise(params=named)
         if library.in_place is False:
             raise unsharded(library)
         routes = self._inner._assign(named, remember=False)
-        if any(map(is_dtensor, named.values())):
+        if any(map(is_dtensor, everything.values())):
             return library, named, routes, partition.extended(owned_extents(routes, named))
         return library, named, routes, partition.extended(extents_of(library, routes, named))
 
@@ -331,7 +332,7 @@ class Sharded(Wrapper):
 
         def counted() -> MemoryBill:
             library, named, routes, partition = self._share_out(params, self._partition)
-            if any(map(is_dtensor, named.values())):
+            if any(map(is_dtensor, named_arrays(params, "params").values())):
                 return placed_bill(library, self._group, routes, partition, named, inspected=self._inspects)
             mine = partition.of_rank(self._group.rank, named)
             parts = {name: portion_of(library, named[name], portion) for name, portion in mine.items()}
