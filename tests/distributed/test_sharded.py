@@ -345,12 +345,28 @@ class TestWhatOneRankFinds:
             if rank == 1:
                 grads["large"][200, 7] = value
 
-        self.check(spoil, "NonFiniteGradientError: these gradients hold NaN or infinity: large;", nonfinite="raise")
+        self.check(
+            spoil, "NonFiniteGradientError: these gradients hold NaN or infinity: large (on rank 1);", nonfinite="raise"
+        )
 
         make = functools.partial(gs.Adam, 0.1, nonfinite="skip")
         said, ours = self.outcomes(make, spoil)
         assert said == ["nothing"] * self.RANKS
         assert_same(ours, alone(make, self.RANKS))
+
+    def test_who_has_brought_it_in_an_earlier_micro_batch(self) -> None:
+        def work(group: ThreadGroup) -> str:
+            opt, params = gs.Accumulate(gs.Sharded(gs.SGD(0.1, nonfinite="raise"), group), every=2), arrays(0)
+            first, second = gradients(1, group.rank), gradients(2, group.rank)
+            if group.rank != 1:
+                first["odd"][0] = np.nan
+            opt.apply_gradients(first, params)
+            with pytest.raises(gs.NonFiniteGradientError) as caught:
+                opt.apply_gradients(second, params)
+            return str(caught.value)
+
+        (said,) = set(run_in_threads(3, work))
+        assert said.startswith("these gradients hold NaN or infinity: odd (on rank 0, 2); nothing was changed")
 
     def test_a_factor_that_is_not_finite(self) -> None:
         def work(group: ThreadGroup) -> str:

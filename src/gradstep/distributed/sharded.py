@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -22,6 +22,8 @@ from gradstep.interrupts import InterruptsHeld
 from gradstep.optimizer import Kept, Optimizer, PlanKey, StepArguments, nonfinite_error, pick
 from gradstep.options import Policy, thawed
 from gradstep.persistence import Loading
+from gradstep.program.formats import compute_dtype
+from gradstep.program.rounding import widened
 from gradstep.step.bill import MemoryBill, bill
 from gradstep.step.inspection import Inspection
 from gradstep.step.intake import PLAIN, SCALED, Intake
@@ -231,7 +233,7 @@ class Sharded(Wrapper):
         inspection = Inspection(found.norm, []) if found else None
         if found and not math.isfinite(found.norm) and inner._nonfinite != "allow":
             if inner._nonfinite == "raise":
-                raise nonfinite_error(found.culprits)
+                raise nonfinite_error(self._whose(here, found.culprits))
             inner._leave_out(inner._make_report(inspection, found.culprits, applied=False), intake)
             return
         if found and inner._clip_norm is not None:
@@ -243,6 +245,24 @@ class Sharded(Wrapper):
         inner._report = report
         intake.done()
         plan.spread(named)
+
+    def _whose(self, here: Brought, culprits: Sequence[str]) -> list[str]:
+        """Gradients whose average is not finite, each with the ranks that have brought it so, if any has."""
+        library, intake = here.planned.plan.library, here.arguments.intake
+
+        def is_odd(name: str) -> bool:
+            arrays = [array for array in (here.wanted[name], intake.total(name)) if array is not None]
+            values = (
+                widened(library.as_numpy(part), memory.dtype, compute_dtype(memory.dtype))
+                for part in map(part_of, arrays)
+                for memory in [library.describe(part, f"grads[{name!r}]")]
+            )
+            return not all(np.isfinite(value).all() for value in values)
+
+        odd = self._council.attempt(lambda: np.array([is_odd(name) for name in culprits], np.int64))
+        by_name = self._group.gather(odd).T if culprits else ()
+        ranks = {name: np.flatnonzero(column).tolist() for name, column in zip(culprits, by_name, strict=True)}
+        return [name + f" (on rank {', '.join(map(str, some))})" * bool(some) for name, some in ranks.items()]
 
     def _planned_here(self, wanted: Mapping[str, Any], named: Mapping[str, Any], intake: Intake) -> Planned:
         """The plan for these arrays, as far as this rank can tell: the last one, or a new one."""
