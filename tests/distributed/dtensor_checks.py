@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from thread_group import group_of_one
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -207,21 +208,9 @@ def refusals(mesh: DeviceMesh) -> None:
 
 
 def groups_that_do_not_fit(mesh: DeviceMesh) -> None:
-    class Alone:
-        name, rank, size = "nobody else", 0, 1
-
-        def gather(self, values: Any) -> Any:
-            return values[None]
-
-        def gather_messages(self, message: bytes) -> list[bytes]:
-            return [message]
-
-        def exchange(self, parts: Any) -> Any:
-            return parts
-
     params, grads = (spread(tensors(seed), mesh, kinds_of(mesh)[0]) for seed in (0, 1))
     with pytest.raises(gs.ConfigurationError, match=r"DTensors belong to torch.distributed: pass .*WORLD"):
-        gs.Sharded(gs.SGD(0.1), Alone()).apply_gradients(grads, params)
+        gs.Sharded(gs.SGD(0.1), group_of_one()).apply_gradients(grads, params)
     few = distributed.new_group([0])
     if distributed.get_rank() == 0:
         with pytest.raises(gs.ConfigurationError, match=r"a mesh with rank 1, which is not in the group"):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_torch
-from thread_group import ThreadGroup, run_in_threads
+from thread_group import ThreadGroup, group_of_one, run_in_threads
 
 import gradstep as gs
 from families import assert_same_bits
@@ -88,7 +88,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def alone_in_group() -> ThreadGroup:
-    return ThreadGroup(0, [None], threading.Barrier(1))
+    return group_of_one()
 
 
 MAKERS: dict[str, tuple[Make, Any]] = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from processes import needs_mpi, run_mpi, run_torch
-from thread_group import ThreadGroup, run_in_threads
+from thread_group import ThreadGroup, group_of_one, run_in_threads
 
 import gradstep as gs
 from families import assert_same_bits
@@ -33,7 +33,7 @@ def arrays(seed: Any, dtype: Any = "float32") -> dict[str, Any]:
 
 @pytest.fixture
 def alone() -> ThreadGroup:
-    return ThreadGroup(0, [None], threading.Barrier(1))
+    return group_of_one()
 
 
 def copied(params: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from thread_group import ThreadGroup, run_in_threads
+from thread_group import ThreadGroup, group_of_one, run_in_threads
 
 import gradstep as gs
 from families import assert_same_bits
@@ -132,20 +132,8 @@ def test_a_spread_state_within(tmp_path: Path) -> None:
     path = tmp_path / "site.safetensors"
 
     def body(site: ThreadGroup) -> None:
-        class Alone:
-            name, rank, size = "nobody else", 0, 1
-
-            def gather(self, values: Any) -> Any:
-                return values[None]
-
-            def gather_messages(self, message: bytes) -> list[bytes]:
-                return [message]
-
-            def exchange(self, parts: Any) -> Any:
-                return parts
-
         def made() -> gs.DiLoCo:
-            return gs.DiLoCo(gs.Sharded(gs.Adam(0.1), site), every=EVERY, group=Alone())
+            return gs.DiLoCo(gs.Sharded(gs.Adam(0.1), site), every=EVERY, group=group_of_one())
 
         opt, params = made(), arrays(0)
         train(opt, params, 0, 0, 3)

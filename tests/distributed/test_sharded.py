@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from thread_group import ThreadGroup, run_in_threads
+from thread_group import ThreadGroup, group_of_one, run_in_threads
 
 import gradstep as gs
 from families import ELEMENTWISE_FAMILIES, MATRIX_FAMILIES, assert_same_bits, configurations, in_both_dtypes
@@ -49,7 +49,7 @@ Make = Callable[[], gs.Optimizer]
 
 @pytest.fixture
 def alone_in_group() -> ThreadGroup:
-    return ThreadGroup(0, [None], threading.Barrier(1))
+    return group_of_one()
 
 
 class Outcome:

@@ -44,6 +44,11 @@ class ThreadGroup:
         return theirs
 
 
+def group_of_one() -> ThreadGroup:
+    """Nobody else."""
+    return ThreadGroup(0, [None], threading.Barrier(1))
+
+
 def run_in_threads(n: int, function: Callable[[ThreadGroup], Result], timeout: float = TIMEOUT) -> list[Result]:
     """What `function` returns in each of `n` threads, by rank. The first error of a thread is raised again."""
     places: list[Any] = [None] * n

@@ -115,7 +115,7 @@ class Document:
     def to_json(self) -> dict[str, Any]:
         """Plain data, of which `from_json` makes an equal document."""
         return {
-            "format": FORMAT, "gradstep": self.version, "optimizer": _to_json(self.optimizer),
+            "format": FORMAT, "gradstep": self.version, "optimizer": node_to_json(self.optimizer),
             "parameters": dict(self.parameters), "stateless": list(self.stateless),
         }  # fmt: skip
 
@@ -146,11 +146,12 @@ def keys_of(node: Node) -> set[str]:
     return {key for _, child in node.routes for key in keys_of(child)}
 
 
-def _to_json(node: Node) -> dict[str, Any]:
+def node_to_json(node: Node) -> dict[str, Any]:
+    """Plain data of an optimizer and all below."""
     if isinstance(node, AccumulateNode):
         return {
             "kind": "accumulate", "every": node.every, "micro_step": node.micro_step, "sums": dict(node.sums),
-            "optimizer": _to_json(node.optimizer),
+            "optimizer": node_to_json(node.optimizer),
         }  # fmt: skip
     if isinstance(node, DiLoCoNode):
         averages = [
@@ -160,10 +161,10 @@ def _to_json(node: Node) -> dict[str, Any]:
         return {
             "kind": "diloco", "every": node.every, "wire": node.wire, "round": node.round, "taken": node.taken,
             "exact": list(node.exact), "anchors": dict(node.anchors), "sent": dict(node.sent), "averages": averages,
-            "outer": _to_json(node.outer), "optimizer": _to_json(node.optimizer),
+            "outer": node_to_json(node.outer), "optimizer": node_to_json(node.optimizer),
         }  # fmt: skip
     if isinstance(node, MultiNode):
-        routes = [{"filter": accepts, "optimizer": _to_json(child)} for accepts, child in node.routes]
+        routes = [{"filter": accepts, "optimizer": node_to_json(child)} for accepts, child in node.routes]
         return {"kind": "multi", "step": node.step, "options": dict(node.options), "routes": routes}
     resolved = {name: list(map(_resolved_to_json, values)) for name, values in node.resolved.items()}
     state = {name: {"steps": held.steps, "arrays": dict(held.arrays)} for name, held in node.state.items()}

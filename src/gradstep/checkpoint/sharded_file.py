@@ -105,11 +105,11 @@ def shards_named_by(path: Path) -> list[str]:
         if int.from_bytes(file.read(8), "little") + 8 != os.fstat(file.fileno()).st_size:
             return []
     with Container(path) as container:
-        if INDEX not in container.metadata:
-            return []
-        return [
-            shard.path for shard in index_from_json(container.parsed(container.metadata[INDEX], "its index")).shards
-        ]
+        return [shard.path for shard in _index_in(container).shards] if INDEX in container.metadata else []
+
+
+def _index_in(container: Container) -> Index:
+    return index_from_json(container.parsed(container.metadata[INDEX], "its index"))
 
 
 def index_from_json(data: Mapping[str, Any]) -> Index:
@@ -192,7 +192,7 @@ class ShardTensors:
     """
 
     def __init__(self, file: Container) -> None:
-        index = self.index = index_from_json(file.parsed(file.metadata[INDEX], "its index"))
+        index = self.index = _index_in(file)
         self.path, self.name, self.shards = file.path, str(file.path), len(index.shards)
         self.size = file.size + sum(shard.size for shard in index.shards)
         self.digest = file.metadata[DIGEST]

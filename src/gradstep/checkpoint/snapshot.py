@@ -66,6 +66,12 @@ def snapshot(optimizer: Optimizer, params: Mapping[str, Any], states: Sequence[S
     return _Recorder(states).document(optimizer, params)
 
 
+def without_state(optimizer: Optimizer) -> Node:
+    """All but the state, whoever has that."""
+    empty: list[State] = [{} for _ in optimizer._leaves()]
+    return snapshot(optimizer, {}, empty).document.optimizer
+
+
 def checked_arrays(tree: object, what: str) -> Mapping[str, Any]:
     """The arrays of a tree by name.
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gradstep.distributed.collective import START_AGAIN, Counted
 from gradstep.distributed.council import Council, Facts, Said, word_of
 from gradstep.distributed.exchange import bucket_bytes
 from gradstep.distributed.group import Array, Group, group_of
+from gradstep.distributed.grouped import Grouped
 from gradstep.distributed.outer_state import OuterState, norm
 from gradstep.distributed.sharded import Sharded
 from gradstep.distributed.wire import WIRES
@@ -103,7 +104,7 @@ class Ready(NamedTuple):
     commit: Callable[[], None]
 
 
-class DiLoCo(Wrapper):
+class DiLoCo(Grouped):
     """Local steps, and every `every` of them one outer step of all ranks, driven by the averaged change of parameters.
 
     ```
@@ -167,7 +168,7 @@ class DiLoCo(Wrapper):
     Source: Douillard et al., 2023, https://arxiv.org/abs/2311.08105
     """
 
-    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {
+    _mine: ClassVar[frozenset[str]] = Grouped._mine | {
         "_outer", "_every", "_wire", "_timeout", "_group", "_council", "_anchors", "_exact", "_losses", "_round",
         "_taken", "_outer_report", "_seen",
     }  # fmt: skip
@@ -584,11 +585,6 @@ class DiLoCo(Wrapper):
         """Go on with outer steps that have been loaded."""
         self._anchors, self._exact, self._losses, self._round, self._taken = kept
         self._seen = self._outer_report = None
-
-    def _snapshot(self, memo: dict[int, Any]) -> NoReturn:
-        raise ConfigurationError(
-            f"{self!r} cannot be copied, as its group cannot; make another one, and load what this one has saved"
-        )
 
     def __repr__(self) -> str:
         return (

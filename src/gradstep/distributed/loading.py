@@ -10,7 +10,7 @@ from gradstep.arrays.library import recognise
 from gradstep.arrays.region import Region, Span, Where
 from gradstep.checkpoint.nodes import Document
 from gradstep.checkpoint.restore import Restoration, prepare
-from gradstep.checkpoint.snapshot import State, checked_arrays, snapshot
+from gradstep.checkpoint.snapshot import checked_arrays, without_state
 from gradstep.checkpoint.tensors import Tensors
 from gradstep.checkpoint.wants import WantInMemory
 from gradstep.distributed.census import Census
@@ -77,9 +77,7 @@ def read_parts(
         source = stack.enter_context(opened())
         owners = Partition(group.size) if loading.strict else partition
         share = _PlacedShare(asked, group.rank, owners) if asked.group is not None else _CutShare(group.rank, owners)
-        empty: list[State] = [{} for _ in whole._leaves()]
-        mine = snapshot(whole, {}, empty).document.optimizer
-        restoration = prepare(whole, mine, source.document, source.tensors, loading, share)
+        restoration = prepare(whole, without_state(whole), source.document, source.tensors, loading, share)
         return Loaded(restoration, share.partition, kept, {"the checkpoint, by its digest": source.digest})
 
     return council.attempt(read, lambda here: Said(word_of(here.facts), lambda: here.facts))

@@ -33,7 +33,7 @@ from gradstep.program.formats import BYTES, QUANTUM, compute_dtype
 from gradstep.program.graph import Reading
 from gradstep.program.rounding import widened
 from gradstep.step.bill import MemoryBill, bill
-from gradstep.step.intake import Intake
+from gradstep.step.intake import Intake, joined
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter, describe_floats
 from gradstep.step.plan import Piece, Plan, Share
@@ -339,10 +339,8 @@ class PlacedPlan(RankPlan):
         if reading in (Reading.WEIGHED, Reading.SUMMED):
             dtype = self._grads[name].dtype
             stored = library.describe(part_of(gradient), "a gradient").dtype
-            with np.errstate(all="ignore"):
-                values = widened(values, stored, dtype) * np.dtype(dtype).type(micro)
-                if reading is Reading.SUMMED:
-                    values = library.as_numpy(intake.total(name)) + values
+            total = intake.total(name)
+            values = joined(widened(values, stored, dtype), micro, None if total is None else library.as_numpy(total))
         buffer[...] = values
 
     def _read(self, names: Iterable[str]) -> Iterable[Array]:

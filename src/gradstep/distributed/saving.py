@@ -20,10 +20,10 @@ from gradstep.arrays.region import Region, Span, Where
 from gradstep.arrays.stored import Bits, bits_of, dtype_of
 from gradstep.checkpoint.checkpoint_file import checked_keep, save_index
 from gradstep.checkpoint.container import Tensor
-from gradstep.checkpoint.nodes import Document
+from gradstep.checkpoint.nodes import Document, node_to_json
 from gradstep.checkpoint.sharded_file import Index, Piece, Shard, Spread, plain, shards_named_by, where_of
 from gradstep.checkpoint.shards import check_there, writing
-from gradstep.checkpoint.snapshot import Snapshot, State, checked_arrays, round_of, snapshot
+from gradstep.checkpoint.snapshot import Snapshot, State, checked_arrays, round_of, snapshot, without_state
 from gradstep.checkpoint.tensors import Shape
 from gradstep.distributed.census import Census
 from gradstep.distributed.council import Council, Facts, Said, word_of
@@ -179,8 +179,7 @@ def _inventory(
 
 def _told_of(whole: Optimizer) -> Facts:
     """What must be equal on all ranks of an optimizer, apart from its state."""
-    empty: list[State] = [{} for _ in whole._leaves()]
-    return dict(_flat("opt", snapshot(whole, {}, empty).document.to_json()["optimizer"]))
+    return dict(_flat("opt", node_to_json(without_state(whole))))
 
 
 def _flat(where: str, data: object) -> Iterator[tuple[str, str]]:

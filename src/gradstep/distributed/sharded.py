@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from gradstep.distributed.census import Census
 from gradstep.distributed.council import Council, Facts, Said, word_of
 from gradstep.distributed.dtensors import gradient_parts, is_dtensor, part_of, parts_of
 from gradstep.distributed.group import Array, Group, group_of
+from gradstep.distributed.grouped import Grouped
 from gradstep.distributed.partition import Partition
 from gradstep.distributed.placed_step import PlacedPlan, mesh_group, owned_extents, placed_bill
 from gradstep.distributed.rank_plan import RankPlan, Routes
@@ -30,7 +31,6 @@ from gradstep.step.intake import PLAIN, SCALED, Intake
 from gradstep.step.overlap import refuse_overlap
 from gradstep.step.scalars import Scales
 from gradstep.tree import named_arrays
-from gradstep.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -61,7 +61,7 @@ class Brought(NamedTuple):
     facts: Facts
 
 
-class Sharded(Wrapper):
+class Sharded(Grouped):
     """An optimizer whose state is spread over the ranks of a group: each of `size` keeps about 1 / size of it.
 
     ```
@@ -113,7 +113,7 @@ class Sharded(Wrapper):
     Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054
     """
 
-    _mine: ClassVar[frozenset[str]] = Wrapper._mine | {
+    _mine: ClassVar[frozenset[str]] = Grouped._mine | {
         "_group",
         "_council",
         "_census",
@@ -423,11 +423,6 @@ class Sharded(Wrapper):
                 "the last load failed on one of the ranks when others had loaded already; load again, or begin anew: "
                 "opt.init(params)"
             )
-
-    def _snapshot(self, memo: dict[int, Any]) -> NoReturn:
-        raise ConfigurationError(
-            f"{self!r} cannot be copied, as its group cannot; make another one, and load what this one has saved"
-        )
 
     def __repr__(self) -> str:
         return f"Sharded({self._inner!r}, rank {self._group.rank} of {self._group.size} by {self._group.name})"

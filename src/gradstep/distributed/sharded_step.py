@@ -20,7 +20,7 @@ from gradstep.program.formats import BYTES, compute_dtype
 from gradstep.program.graph import Reading
 from gradstep.program.program import Program
 from gradstep.program.rounding import widened
-from gradstep.step.intake import Intake
+from gradstep.step.intake import Intake, joined
 from gradstep.step.leaf import Leaf
 from gradstep.step.match import check_parameter, check_shape, describe_floats
 from gradstep.step.plan import Piece, Plan, Share
@@ -194,10 +194,8 @@ class ShardedPlan(RankPlan):
             dtype, reading = self._computed(name), intake.reading(name)
             values = widened(elements(grads[name], start, stop), self._gradients[name].dtype, dtype)
             if reading in (Reading.WEIGHED, Reading.SUMMED):
-                with np.errstate(all="ignore"):
-                    values = values * np.dtype(dtype).type(micro)
-                    if reading is Reading.SUMMED:
-                        values = elements(intake.total(name), start, stop) + values
+                total = intake.total(name)
+                return joined(values, micro, None if total is None else elements(total, start, stop))
             return values
 
         problems = [averaging.average(gradient) for averaging in self._averagings.values()]

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gradstep.arrays.library import Form, Library, owner
 from gradstep.arrays.memory import Memory
 from gradstep.arrays.stored import Stored
@@ -11,6 +13,13 @@ from gradstep.program.formats import compute_dtype
 from gradstep.program.graph import Reading
 
 REMEDY = "opt.discard() drops the sums of this round"
+
+
+def joined(values: np.ndarray[Any, Any], micro: float, total: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+    """A micro-batch weighed and, if there is a sum, added to it, as kernels do; in the dtype of the computation."""
+    with np.errstate(all="ignore"):
+        weighed = values * values.dtype.type(micro)
+        return weighed if total is None else total + weighed
 
 
 class Intake:

@@ -13,7 +13,7 @@ from gradstep.program.rounding import widened
 from gradstep.program.threads import pool
 from gradstep.step.batch import batches
 from gradstep.step.inspection import Inspection, Inspector, global_norm
-from gradstep.step.intake import Intake
+from gradstep.step.intake import Intake, joined
 from gradstep.step.leaf import Leaf, State
 from gradstep.step.match import Match, match
 from gradstep.step.overlap import Extents
@@ -192,10 +192,8 @@ class Plan:
         stored, dtype = self.library.as_numpy(gradients[place]), match.memory["g"].dtype
         if match.reading in (Reading.PLAIN, Reading.SCALED):
             return widened(stored, dtype, compute_dtype(dtype))
-        kind = np.dtype(compute_dtype(match.memory["w"].dtype))
-        with np.errstate(all="ignore"):
-            weighed = widened(stored, dtype, kind.name) * kind.type(scales.micro)
-            return weighed if match.total is None else self.library.as_numpy(match.total) + weighed
+        values = widened(stored, dtype, compute_dtype(match.memory["w"].dtype))
+        return joined(values, scales.micro, None if match.total is None else self.library.as_numpy(match.total))
 
     def prepare(self, scales: Scales) -> None:
         """Run all that writes nothing but scratch."""
